@@ -1,4 +1,4 @@
-"""The values that travel between the parts of the toolkit: annotations, batches, predictions, matches, losses, detections.
+"""The values that travel between the parts: annotations, batches, predictions, matches, losses, detections.
 
 No computation lives here. Dimension letters, the same everywhere: N images, A anchors, K classes, M objects,
 D detections, L levels, R records, P positive anchors, H W pixels. Boxes are xyxy, in pixels, continuous (no +1).
@@ -152,7 +152,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnchorLevel:
-    """The anchors of one pyramid level: a regular grid, so that assignment can look anchors up instead of scanning them.
+    """The anchors of one pyramid level: a regular grid, so that assignment looks anchors up instead of scanning them.
 
     Anchor a = (row * width + column) * B + b is `cell[b]` shifted by (column * stride_x, row * stride_y).
     """

@@ -1,4 +1,4 @@
-"""Times candidates against a named peer in one run: outputs checked first, runs interleaved, medians and ratios reported.
+"""Times candidates against a named peer in one run: outputs checked first, runs interleaved, medians and ratios.
 
 Machines are shared and noisy, so the ratio within a run is the figure; absolute seconds only say the order of size.
 """
