@@ -1,0 +1,17 @@
+"""The losses a configuration can name. A new one is its file and a line here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from detection.losses.bce import BceConfig
+from detection.losses.box import CIoUConfig, DIoUConfig, GIoUConfig, L1Config, SmoothL1Config
+from detection.losses.focal import FocalConfig
+
+CLASSIFICATION = (FocalConfig, BceConfig)
+BOX = (SmoothL1Config, L1Config, GIoUConfig, DIoUConfig, CIoUConfig)
+
+ClassificationConfig = Annotated[FocalConfig | BceConfig, Field(discriminator="kind")]
+BoxConfig = Annotated[SmoothL1Config | L1Config | GIoUConfig | DIoUConfig | CIoUConfig, Field(discriminator="kind")]
