@@ -1,0 +1,146 @@
+"""How far scores are from observed frequencies: pure functions of scores and targets, and the bins behind them.
+
+Scores are probabilities in 0..1, never logits. A target is 1 or 0 (true or false positive), or IoU where said so.
+Everything undefined, such as an error of no detections, is NaN; an empty bin weighs nothing in a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+BinRule = Literal["right_closed", "left_closed"]
+"""right_closed: (low, high], the first bin also holds its low end. left_closed: [low, high), the last also its high
+end (netcal). A float32 sigmoid reaches 1.0 exactly, and both rules keep it in the last bin."""
+NLL_CLIP = 1e-7
+"""Scores are kept this far from 0 and 1 in logarithms: one confident mistake costs 16.1, not infinity."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReliabilityBins:
+    """What a reliability diagram draws. Means are NaN in an empty bin."""
+
+    edges: Float[ndarray, "B+1"]
+    count: Int[ndarray, "B"]
+    mean_score: Float[ndarray, "B"]
+    mean_target: Float[ndarray, "B"]
+    """Precision in the bin, where targets are 0 and 1."""
+    low: Float[ndarray, "B"]
+    high: Float[ndarray, "B"]
+    """95 % Wilson interval of the mean target."""
+
+    @property
+    def gap(self) -> Float[ndarray, "B"]:
+        """Absolute difference of mean score and mean target."""
+        gap: Float[ndarray, "B"] = np.abs(self.mean_score - self.mean_target)
+        return gap
+
+    def expected_error(self) -> float:
+        """The gap averaged over detections."""
+        total = self.count.sum()
+        return float(np.nansum(self.gap * self.count) / total) if total else float("nan")
+
+    def average_error(self) -> float:
+        """The gap averaged over bins that are not empty."""
+        return float(np.nanmean(self.gap)) if self.count.any() else float("nan")
+
+    def maximum_error(self) -> float:
+        """The largest gap."""
+        return float(np.nanmax(self.gap)) if self.count.any() else float("nan")
+
+
+def d_ece(
+    scores: Float[ndarray, "n"], targets: Float[ndarray, "n"], bins: int = 10, rule: BinRule = "right_closed"
+) -> float:
+    """Detection expected calibration error: the gap of mean score and precision in equal bins, weighted by count.
+
+    Source: Küppers et al. 2020, confidence only. Which detections enter, and what makes one true, is the caller's.
+    >>> round(d_ece(np.array([0.9, 0.8, 0.1]), np.array([1.0, 0.0, 0.0])), 6)
+    0.333333
+    """
+    return reliability(scores, targets, bins, rule).expected_error()
+
+
+def reliability(
+    scores: Float[ndarray, "n"], targets: Float[ndarray, "n"], bins: int = 10, rule: BinRule = "right_closed"
+) -> ReliabilityBins:
+    """Count, mean score and mean target in bins of equal width over 0..1."""
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    return _summarise(edges, bin_index(scores, edges, rule), scores, targets)
+
+
+def bin_index(scores: Float[ndarray, "n"], edges: Float[ndarray, "B+1"], rule: BinRule) -> Int[ndarray, "n"]:
+    """The bin of each score; scores beyond the edges belong to the outermost bins.
+
+    Errors: ValueError for a score that is not a number from 0 to 1.
+    """
+    check_scores(scores)
+    side: Literal["left", "right"] = "left" if rule == "right_closed" else "right"
+    return np.clip(np.searchsorted(edges, scores, side=side) - 1, 0, len(edges) - 2)
+
+
+def ece_equal_mass(
+    scores: Float[ndarray, "n"], targets: Float[ndarray, "n"], bins: int = 15, *, drop_lowest: bool = False
+) -> float:
+    """Expected calibration error over bins of about equal count, right-closed (ECE_EM, AdaECE).
+
+    Edges interpolate the sorted scores at ranks k n / bins. Tied scores make bins of no width, which stay empty.
+    `drop_lowest` leaves the lowest score out of every bin, as the reference code of focal calibration does.
+    """
+    if len(scores) == 0:
+        return float("nan")
+    check_scores(scores)
+    n = len(scores)
+    edges = np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(scores))
+    keep = scores > edges[0] if drop_lowest else np.ones(n, bool)
+    index = np.clip(np.searchsorted(edges, scores[keep], side="left") - 1, 0, bins - 1)
+    table = _summarise(edges, index, scores[keep], targets[keep])
+    return float(np.nansum(table.gap * table.count) / n)
+
+
+def brier(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> float:
+    """Mean squared difference of score and target."""
+    check_scores(scores)
+    return float(np.mean((scores - targets) ** 2)) if len(scores) else float("nan")
+
+
+def nll(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> float:
+    """Mean negative log likelihood of the targets under the scores, in nats, scores clipped by `NLL_CLIP`."""
+    check_scores(scores)
+    if len(scores) == 0:
+        return float("nan")
+    p = np.clip(scores, NLL_CLIP, 1 - NLL_CLIP)
+    return float(-np.mean(targets * np.log(p) + (1 - targets) * np.log1p(-p)))
+
+
+def check_scores(scores: Float[ndarray, "n"]) -> None:
+    """Raises ValueError naming the first score that is not a number from 0 to 1."""
+    wrong: Bool[ndarray, "n"] = ~((scores >= 0) & (scores <= 1))
+    if wrong.any():
+        raise ValueError(f"score {float(scores[wrong][0])!r} is not a probability; allowed: 0 to 1")
+
+
+def wilson_interval(
+    mean: Float[ndarray, "B"], count: Int[ndarray, "B"], z: float = 1.959963984540054
+) -> tuple[Float[ndarray, "B"], Float[ndarray, "B"]]:
+    """Both ends of the Wilson score interval of a proportion; NaN where nothing was counted."""
+    n = np.where(count > 0, count, np.nan)
+    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(np.maximum(mean * (1 - mean), 0) / n + z**2 / (4 * n**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def _summarise(
+    edges: Float[ndarray, "B+1"], index: Int[ndarray, "n"], scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]
+) -> ReliabilityBins:
+    bins = len(edges) - 1
+    count = np.bincount(index, minlength=bins)
+    n = np.where(count > 0, count, np.nan)
+    mean_score = np.bincount(index, weights=scores, minlength=bins) / n
+    mean_target = np.bincount(index, weights=targets, minlength=bins) / n
+    low, high = wilson_interval(mean_target, count)
+    return ReliabilityBins(edges, count, mean_score, mean_target, low, high)
