@@ -1,0 +1,99 @@
+"""Where a data set's images are: names confined to the image folder, sizes from headers. Decodes no pixels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
+from PIL import Image, UnidentifiedImageError
+
+from detection.data.faults import Faults
+
+MAX_NAME_BYTES = 1024
+MAX_SIDE = 65_535
+"""The largest width or height that is believed, in pixels: JPEG's own limit."""
+EXIF_ORIENTATION = 0x0112
+
+
+def check_names(names: Sequence[object], faults: Faults) -> None:
+    """Reports file names that are no text, or that would leave the image folder, before anything is opened."""
+    for name in names:
+        if name is None:
+            faults.add("file names missing")
+        elif not isinstance(name, str) or not name:
+            faults.add("file names that are not text", repr(name))
+        elif not _is_encodable(name):
+            faults.add(f"file names with NUL, broken Unicode or more than {MAX_NAME_BYTES} bytes", repr(name[:60]))
+        elif name.startswith(("/", "\\")) or name[1:3] in (":\\", ":/"):
+            faults.add("file names that are absolute; expected names relative to the image folder", repr(name))
+        elif ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            faults.add("file names that leave the image folder", repr(name))
+
+
+def check_files(root: Path, names: Sequence[str], faults: Faults) -> None:
+    """Reports the files that are missing below `root`, and those that a symbolic link takes out of it.
+
+    Lists each folder once instead of asking for each file: 118,000 names take about a second.
+    """
+    if not root.is_dir():
+        faults.add("no such image folder", root)
+        return
+    real_root = os.path.realpath(root)
+    folders: dict[str, dict[str, bool] | None] = {}
+    for name in names:
+        parent, _, last = str(PurePosixPath(name)).rpartition("/")
+        if parent not in folders:
+            folders[parent] = _entries(os.path.join(root, parent), real_root)
+        entries = folders[parent]
+        if entries is None:
+            faults.add("image files outside the image folder, by a symbolic link", repr(name))
+        elif last not in entries:
+            faults.add(f"image files missing in {root}", repr(name))
+        elif entries[last] and not _is_inside(os.path.join(root, name), real_root):
+            faults.add("image files outside the image folder, by a symbolic link", repr(name))
+
+
+def join_paths(root: Path, names: Sequence[str]) -> Shaped[ndarray, "R"]:
+    """The paths of files below `root` as numpy bytes (UTF-8)."""
+    return np.array([f"{root}/{name}".encode() for name in names], dtype=np.bytes_)
+
+
+def header_size(path: str | Path) -> tuple[int, int] | None:
+    """(H, W) that an image file's header states, after its EXIF orientation; None when it is no readable image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if turned else (height, width)
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        return "\0" not in name and len(name.encode("utf-8")) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+def _entries(folder: str, real_root: str) -> dict[str, bool] | None:
+    """Names of the files in a folder, and whether each is a symbolic link; None when the folder is outside the root."""
+    if not _is_inside(folder, real_root):
+        return None
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+    except OSError:
+        return {}
+
+
+def _is_inside(path: str, real_root: str) -> bool:
+    real = os.path.realpath(path)
+    return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
