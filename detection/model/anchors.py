@@ -84,11 +84,12 @@ def _cached_levels(
     first_stride: int,
 ) -> tuple[AnchorLevel, ...]:
     levels = []
-    for index, grid in enumerate(feature_sizes):
-        nominal = first_stride * 2**index
-        size = config.sizes[index] if config.size_factor is None else config.size_factor * nominal
-        stride = (image_size[0] // grid[0], image_size[1] // grid[1]) if config.rounding else (nominal, nominal)
-        levels.append(_grid(cell_anchors(config, size), stride, grid, device))
+    with torch.inference_mode(False):  # a level first built during evaluation serves training later
+        for index, grid in enumerate(feature_sizes):
+            nominal = first_stride * 2**index
+            size = config.sizes[index] if config.size_factor is None else config.size_factor * nominal
+            stride = (image_size[0] // grid[0], image_size[1] // grid[1]) if config.rounding else (nominal, nominal)
+            levels.append(_grid(cell_anchors(config, size), stride, grid, device))
     return tuple(levels)
 
 
