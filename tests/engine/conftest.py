@@ -1,0 +1,8 @@
+"""Makes the toy training importable by these tests and by the processes that they start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
