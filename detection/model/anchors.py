@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class AnchorConfig(Section):
         return len(self.scales) * len(self.ratios)
 
     @model_validator(mode="after")
-    def _sizes_grow(self) -> Self:
+    def _sizes_grow(self) -> AnchorConfig:
         if self.size_factor is None and list(self.sizes) != sorted(self.sizes):
             raise ValueError(f"sizes must not fall from level to level, got {self.sizes}")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -33,7 +33,7 @@ class RetinaNetConfig(Section):
     """How predictions become detections."""
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _parts_fit(self) -> RetinaNetConfig:
         if self.anchors.size_factor is None and len(self.anchors.sizes) != self.pyramid.levels:
             given = len(self.anchors.sizes)
             raise ValueError(f"anchors.sizes has {given} entries for pyramid.levels = {self.pyramid.levels}")
