@@ -170,8 +170,8 @@ class AnchorLevel:
 class Predictions:
     """The head's raw output, level by level: views of what the convolutions wrote, never concatenated."""
 
-    logits: tuple[Float[Tensor, "N A_l K"], ...]
-    deltas: tuple[Float[Tensor, "N A_l 4"], ...]
+    logits: tuple[Float[Tensor, "N _A_l K"], ...]
+    deltas: tuple[Float[Tensor, "N _A_l 4"], ...]
     anchors: tuple[AnchorLevel, ...]
 
 
@@ -183,13 +183,13 @@ class Matches:
     the device is busy with the forward pass), so their number is known without a device synchronisation.
     """
 
-    labels: tuple[Int[Tensor, "N A_l"], ...]
+    labels: tuple[Int[Tensor, "N _A_l"], ...]
     """int32: class of a positive anchor, K for a negative one, -1 for an ignored one."""
-    gt_index: tuple[Int[Tensor, "N A_l"], ...]
+    gt_index: tuple[Int[Tensor, "N _A_l"], ...]
     """int32: row of the image's `Target`, -1 for a negative anchor, -2 for an ignored one."""
-    positives: tuple[Int[Tensor, "P_l"], ...]
+    positives: tuple[Int[Tensor, "_P_l"], ...]
     """int64, ascending: n * A_l + a of the positive anchors."""
-    boxes: tuple[Float[Tensor, "P_l 4"], ...]
+    boxes: tuple[Float[Tensor, "_P_l 4"], ...]
     """float32: the boxes that the positives are matched to, network pixels."""
     num_positive: Float[Tensor, ""]
     """float32 scalar: positives over all levels and images of this rank."""
