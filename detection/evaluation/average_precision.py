@@ -129,7 +129,7 @@ class _Curve:
 
     precision: Float[ndarray, "n"]
     rank: Int[ndarray, "n"]
-    offsets: Int[ndarray, "K+1"]
+    offsets: Int[ndarray, "K_1"]
 
 
 def _curve(matching: Matching, case: Case, inside_before: Int[ndarray, "D"]) -> _Curve:
@@ -151,9 +151,9 @@ def _curve(matching: Matching, case: Case, inside_before: Int[ndarray, "D"]) -> 
     return _Curve(precision[hit], matching.detections.rank[found[hit]], np.searchsorted(found[hit], offsets))
 
 
-def _before(running: Int[ndarray, "n"], starts: Int[ndarray, "K+1"]) -> Int[ndarray, "K+1"]:
+def _before(running: Int[ndarray, "n"], starts: Int[ndarray, "K_1"]) -> Int[ndarray, "K_1"]:
     """The running total just before each start."""
-    before: Int[ndarray, "K+1"] = np.concatenate([[0], running])[starts]
+    before: Int[ndarray, "K_1"] = np.concatenate([[0], running])[starts]
     return before
 
 

@@ -24,7 +24,7 @@ NLL_CLIP = 1e-7
 class ReliabilityBins:
     """What a reliability diagram draws. Means are NaN in an empty bin."""
 
-    edges: Float[ndarray, "B+1"]
+    edges: Float[ndarray, "B_1"]
     count: Int[ndarray, "B"]
     mean_score: Float[ndarray, "B"]
     mean_target: Float[ndarray, "B"]
@@ -73,7 +73,7 @@ def reliability(
     return _summarise(edges, bin_index(scores, edges, rule), scores, targets)
 
 
-def bin_index(scores: Float[ndarray, "n"], edges: Float[ndarray, "B+1"], rule: BinRule) -> Int[ndarray, "n"]:
+def bin_index(scores: Float[ndarray, "n"], edges: Float[ndarray, "B_1"], rule: BinRule) -> Int[ndarray, "n"]:
     """The bin of each score; scores beyond the edges belong to the outermost bins.
 
     Errors: ValueError for a score that is not a number from 0 to 1.
@@ -135,7 +135,7 @@ def wilson_interval(
 
 
 def _summarise(
-    edges: Float[ndarray, "B+1"], index: Int[ndarray, "n"], scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]
+    edges: Float[ndarray, "B_1"], index: Int[ndarray, "n"], scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]
 ) -> ReliabilityBins:
     bins = len(edges) - 1
     count = np.bincount(index, minlength=bins)

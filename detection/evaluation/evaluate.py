@@ -185,5 +185,5 @@ def _nanmean(values: ndarray) -> float:
     return float(np.mean(defined)) if len(defined) else math.nan
 
 
-def _nullable(value: float) -> float | None:
+def _nullable(value: float | int) -> float | int | None:
     return None if math.isnan(value) else value

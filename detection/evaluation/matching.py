@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt64
 from numpy import ndarray
 
 from detection.types import DataError, Detections, Records
@@ -90,8 +90,8 @@ class Matching:
     pairs: Pairs
     taken: UInt64[ndarray, "C"]
     """Bit c: the pair is matched in case c."""
-    class_offsets: Int[ndarray, "K+1"]
-    """Detections of class k are rows class_offsets[k]:class_offsets[k + 1]."""
+    class_offsets: Int[ndarray, "K_1"]
+    """Detections of class k are rows class_offsets[k]:class_offsets[k + 1]. K_1 is K + 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +174,8 @@ def num_objects(matching: Matching, area: str) -> Int[ndarray, "K"]:
 
 def counts_in(objects: FlatObjects, area: str) -> Bool[ndarray, "M"]:
     """Which objects have to be found in an area range; the others are ignored there."""
-    return inside(objects.area, area) & ~objects.crowd
+    counting: Bool[ndarray, "M"] = inside(objects.area, area) & ~objects.crowd
+    return counting
 
 
 def inside(area: Float[ndarray, "n"], name: str) -> Bool[ndarray, "n"]:
@@ -237,12 +238,12 @@ def _check(
             raise DataError(f"detections of image {where}: {name} {values[row].tolist()}; allowed: {allowed}")
 
 
-def _narrow(values: Int[ndarray, "n"]) -> Int[ndarray, "n"]:
+def _narrow(values: Int[ndarray, "n"]) -> Integer[ndarray, "n"]:
     """The same numbers in 16 bits where they fit: numpy sorts those by radix, several times faster."""
     return values.astype(np.uint16) if len(values) and values.max() < 1 << 16 else values
 
 
-def _rank_in_image(image: Int[ndarray, "D"], labels: Int[ndarray, "D"]) -> Int[ndarray, "D"]:
+def _rank_in_image(image: Integer[ndarray, "D"], labels: Int[ndarray, "D"]) -> Int[ndarray, "D"]:
     """How many earlier rows have the same image and label; rows are grouped by label."""
     order = np.argsort(image, kind="stable")
     order = order[np.argsort(_narrow(labels[order]), kind="stable")]
