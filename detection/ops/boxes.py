@@ -40,7 +40,7 @@ def elementwise_iou(a: Float[Tensor, "*batch 4"], b: Float[Tensor, "*batch 4"]) 
     return _ratio(inter, box_area(a) + box_area(b) - inter)
 
 
-def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: tuple[float, float]) -> Float[Tensor, "*batch 4"]:
+def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: tuple[int, int]) -> Float[Tensor, "*batch 4"]:
     """The boxes cut to an image of size (H, W)."""
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
