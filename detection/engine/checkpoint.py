@@ -29,6 +29,7 @@ HARMLESS = (
     "workers",
     "prefetch",
     "pin_memory",
+    "persistent",
     "log_every",
     "save_every",
     "tensorboard",

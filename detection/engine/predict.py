@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from detection.distributed import gather_objects, rank, world_size
+from detection.distributed import gather_objects
 from detection.engine.parallel import Precision, autocast
 from detection.types import Batch, Detections, Frame, Predictions
 
@@ -21,35 +21,32 @@ def predict(
     device: torch.device,
     precision: Precision = "float32",
 ) -> list[Detections] | None:
-    """Every image's detections, on the CPU, in the data set's order; None on ranks other than 0.
+    """Every image's detections, on the CPU, by ascending image id; None on ranks other than 0.
 
-    `batches` are this rank's images: those at rank, rank + world, ... of the data set, in that order.
+    `batches` are this rank's images, in any order and number; no image may be another rank's too.
     The model is in evaluation mode meanwhile and as before afterwards.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: list[Detections] = []
+    host = torch.device("cpu")
     try:
-        with torch.inference_mode():
+        # Not inference_mode: anchors that the model caches here are used in training, too.
+        with torch.no_grad():
             for batch in batches:
                 with autocast(device, precision):
                     predictions = model(batch.to(device).images)
-                found += [d.to(torch.device("cpu")) for d in decode(predictions, batch.frames)]
+                found += [d.to(host) for d in decode(predictions, batch.frames)]
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
     gathered = gather_objects(found)
-    return interleave(gathered) if rank() == 0 and gathered is not None else None
+    return None if gathered is None else in_order(gathered)
 
 
-def interleave(shares: Sequence[Sequence[Detections]]) -> list[Detections]:
-    """The detections of image 0, 1, ... from the ranks' shares, image i being element i // world of share i % world."""
-    count = sum(len(share) for share in shares)
-    expected = [len(range(r, count, len(shares))) for r in range(len(shares))]
-    assert [len(share) for share in shares] == expected, f"shares of {[len(s) for s in shares]} images"
-    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
-
-
-def share(count: int) -> range:
-    """The data-set indices of this rank's share of `count` images."""
-    return range(rank(), count, world_size())
+def in_order(shares: Sequence[Sequence[Detections]]) -> list[Detections]:
+    """The detections of the ranks' shares by ascending image id, so that the number of ranks changes nothing."""
+    joined = sorted((d for share in shares for d in share), key=lambda d: d.image_id)
+    ids = [d.image_id for d in joined]
+    assert len(set(ids)) == len(ids), "an image was evaluated twice"
+    return joined
