@@ -171,8 +171,10 @@ def _sample(precision: Float[ndarray, "n"], needed: Int[ndarray, "101"]) -> Floa
 
 def _voc_outcome(matching: Matching, iou_threshold: float) -> tuple[ndarray, ndarray]:
     pairs, found = matching.pairs, matching.detections
-    order = np.lexsort((pairs.object, -pairs.iou, pairs.detection))
-    first = order[np.unique(pairs.detection[order], return_index=True)[1]]
+    starts = np.unique(pairs.detection, return_index=True)[1]
+    best = np.maximum.reduceat(pairs.iou, starts) if len(starts) else np.zeros(0)
+    most = np.flatnonzero(pairs.iou == np.repeat(best, np.diff(starts, append=len(pairs.iou))))
+    first = most[np.unique(pairs.detection[most], return_index=True)[1]]
     first = first[pairs.iou[first] >= iou_threshold]
     difficult = matching.objects.crowd[pairs.object[first]]
     ignored = np.zeros(len(found.scores), bool)

@@ -42,7 +42,7 @@ def test_oracle_d_ece_with_right_closed_bins(oracle, oracle_numbers, bins):
 def test_calibration_threshold_of_its_own_does_not_touch_ap(scene):
     detections, records = scene(1)
     base = evaluate(detections, records)
-    other = evaluate(detections, records, EvaluationConfig(calibration_iou_threshold=0.3))
+    other = evaluate(detections, records, EvaluationConfig(calibration_iou_threshold=0.85))
     assert base.metrics["ap"] == other.metrics["ap"]
     assert base.metrics["d_ece"] != other.metrics["d_ece"]
 
