@@ -55,6 +55,14 @@ def load(schema: type[S], path: str | Path | None = None, overrides: Sequence[st
     return parse(schema, tree, where)
 
 
+def override(schema: type[S], tree: dict[str, Any], overrides: Sequence[str], where: str) -> S:
+    """The validated configuration of a resolved tree (a checkpoint's, say) with `a.b=value` overrides on top."""
+    tree = json.loads(json.dumps(tree))
+    for text in overrides:
+        _apply_override(tree, text)
+    return parse(schema, tree, where)
+
+
 def parse(schema: type[S], tree: dict[str, Any], where: str) -> S:
     """The validated configuration of a nested dictionary that came from `where` (a file's name, say)."""
     try:

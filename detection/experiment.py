@@ -1,0 +1,276 @@
+"""The root of the configuration, and the one place that sees every part: what is built from it, trained, evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from pydantic import Field
+
+from detection import distributed
+from detection.assignment.max_iou import MaxIouConfig
+from detection.assignment.table import Assignment
+from detection.config import ConfigError, Section, load, override
+from detection.data.dataset import DetectionDataset, ImageConfig
+from detection.data.loader import BatchLoader, LoaderConfig, build_loader
+from detection.data.sampler import BatchOrder, EvaluationOrder
+from detection.data.source import DigitsSource, Source
+from detection.data.transforms import TransformConfig
+from detection.engine.checkpoint import CheckpointError, find_checkpoint, load_evaluation_weights
+from detection.engine.checkpoint import load as load_checkpoint
+from detection.engine.fit import Components, FitConfig, FitResult, fit
+from detection.engine.journal import check_run_folder
+from detection.engine.parallel import Precision, choose_device
+from detection.engine.predict import predict
+from detection.engine.step import NonFiniteError
+from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
+from detection.evaluation.results import write_results
+from detection.losses.criterion import CriterionConfig
+from detection.model.decode import decode
+from detection.model.retinanet import RetinaNet, RetinaNetConfig
+from detection.ops.focal import Implementation
+from detection.types import Batch, DataError, Detections, Records
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, NonFiniteError)
+"""What a tool prints as a sentence instead of a traceback."""
+
+METRICS, DETECTIONS = "metrics.json", "detections.json"
+
+
+class DataConfig(Section):
+    """Which images are trained on, which one selects the best checkpoint by, and which are reported."""
+
+    source: Source = DigitsSource()
+    """The data set."""
+    train: str = "train"
+    """Split that the weights are trained on."""
+    select: str | None = "calibration"
+    """Split that is evaluated during training, for the best checkpoint; never the one that is reported."""
+    test: str | None = "test"
+    """Split that is reported once at the end."""
+    batch_size: int = Field(16, ge=1)
+    """Images of a batch, all ranks together."""
+    evaluation_batch_size: int | None = Field(None, ge=1)
+    """Likewise in evaluation; by default the same."""
+    group_by_aspect: bool = True
+    """Wide and tall images go into different batches, so that less is padding."""
+    drop_last: bool = False
+    """Leave out an epoch's incomplete last batch, instead of filling it up."""
+    images: ImageConfig = ImageConfig()
+    """What reading an image file accepts."""
+    transform: TransformConfig = TransformConfig()
+    """Resize, and the augmentation of training."""
+    loader: LoaderConfig = LoaderConfig()
+    """Worker processes."""
+
+
+class Experiment(Section):
+    """Everything that decides a result."""
+
+    seed: int = Field(0, ge=0)
+    """Of the initial weights, the order of images and their augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    implementation: Implementation = "auto"
+    """Of the classification loss: the fused kernel of the device, or the reference."""
+    data: DataConfig = DataConfig()
+    """Images and annotations."""
+    model: RetinaNetConfig = RetinaNetConfig()
+    """The detector."""
+    assignment: Assignment = MaxIouConfig()
+    """Which anchor answers for which object."""
+    criterion: CriterionConfig = CriterionConfig()
+    """The loss."""
+    fit: FitConfig = FitConfig()
+    """Training."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured, and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a training run came to."""
+
+    fit: FitResult
+    test: Evaluation | None
+    """Of the best checkpoint on the reported split; None where the run was interrupted or has no such split."""
+
+
+@dataclass(slots=True)
+class TrainingBatches:
+    """The training split as the engine asks for it: any epoch, from any batch on."""
+
+    order: BatchOrder
+    loader: BatchLoader
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.order.batches_per_epoch
+
+    def epoch(self, epoch: int, start: int) -> Iterable[Batch]:
+        self.order.set_position(epoch, start)
+        return self.loader
+
+
+def train(config: Path, overrides: Sequence[str], run: Path, resume: bool) -> Outcome:
+    """Trains what `config` describes into the folder `run`, then reports the best checkpoint on the test split.
+
+    Errors: one of `USER_ERRORS`, before any work where that is possible.
+    """
+    experiment = load(Experiment, config, overrides)
+    device = choose_device(experiment.device)
+    check_run_folder(run, resume)
+    distributed.initialise(device)
+    try:
+        result = fit(build(experiment, device), experiment.fit, run, device, resume)
+        if result.interrupted or experiment.data.test is None:
+            return Outcome(result, None)
+        return Outcome(result, _report(result.best_path or result.last, experiment, experiment.data.test, device, run))
+    finally:
+        distributed.shut_down()
+
+
+def evaluate_run(place: Path, split: str | None, overrides: Sequence[str], out: Path | None) -> Evaluation:
+    """The evaluation of a run folder's best checkpoint, or of a checkpoint file, on a split of its data.
+
+    `overrides` change the configuration that the checkpoint carries. Results go to `out`, by default into the run
+    folder. Errors: one of `USER_ERRORS`.
+    """
+    path = find_checkpoint(place)
+    experiment = override(Experiment, load_checkpoint(path).config, overrides, str(path))
+    device = choose_device(experiment.device)
+    split = split or experiment.data.test or experiment.data.train
+    distributed.initialise(device)
+    try:
+        return _report(path, experiment, split, device, path.parent, out)
+    finally:
+        distributed.shut_down()
+
+
+def build(experiment: Experiment, device: torch.device) -> Components:
+    """The parts of a training run, wired together."""
+    torch.manual_seed(experiment.seed)
+    records = read_split(experiment, experiment.data.train)
+    select = None
+    if experiment.data.select is not None:
+        select = read_split(experiment, experiment.data.select)
+        _check_same_classes(records, select, experiment.data.select)
+    model = experiment.model.build(records.num_classes)
+    criterion = experiment.criterion.build(records.num_classes, experiment.implementation, device)
+    return Components(
+        model=model,
+        assign=experiment.assignment.build(),
+        criterion=criterion,
+        batches=_training_batches(experiment, records),
+        evaluate=None if select is None else _evaluator(experiment, select, device),
+        class_names=records.class_names,
+        category_ids=records.category_ids,
+        config=experiment.model_dump(mode="json"),
+        seed=experiment.seed,
+        notes=(
+            *_describe(experiment.data.train, records),
+            *([] if select is None else _describe(experiment.data.select or "", select)),
+            f"classification loss: {experiment.criterion.classification.kind}, {criterion.implementation}",
+        ),
+    )
+
+
+def read_split(experiment: Experiment, split: str) -> Records:
+    """The records of a split; rank 0 reads first, as a data set may be rendered on its first use."""
+    if distributed.rank() == 0:
+        records = experiment.data.source.read(split)
+    distributed.barrier()
+    return records if distributed.rank() == 0 else experiment.data.source.read(split)
+
+
+def detect(
+    experiment: Experiment, model: torch.nn.Module, records: Records, device: torch.device
+) -> list[Detections] | None:
+    """The model's detections in every image of `records`, on rank 0; None on the others."""
+    data, world = experiment.data, distributed.world_size()
+    dataset = DetectionDataset(records, data.transform.build(train=False), experiment.seed, data.images)
+    batch_size = max(1, (data.evaluation_batch_size or data.batch_size) // world)
+    order = EvaluationOrder(records.sizes, batch_size, distributed.rank(), world)
+    loader = build_loader(dataset, order, data.loader.model_copy(update={"persistent": False}))
+    options, precision = experiment.model.decode, experiment.fit.precision
+    return predict(model, loader, lambda found, frames: decode(found, frames, options), device, precision)
+
+
+def _training_batches(experiment: Experiment, records: Records) -> TrainingBatches:
+    data, world = experiment.data, distributed.world_size()
+    if data.batch_size % world:
+        raise ConfigError(f"data.batch_size = {data.batch_size} does not divide among {world} ranks")
+    dataset = DetectionDataset(records, data.transform.build(train=True), experiment.seed, data.images)
+    order = BatchOrder(
+        records.sizes,
+        data.batch_size // world,
+        experiment.seed,
+        distributed.rank(),
+        world,
+        group_by_aspect=data.group_by_aspect,
+        drop_last=data.drop_last,
+    )
+    return TrainingBatches(order, build_loader(dataset, order, data.loader))
+
+
+def _evaluator(
+    experiment: Experiment, records: Records, device: torch.device
+) -> Callable[[torch.nn.Module], dict[str, float]]:
+    def metrics(model: torch.nn.Module) -> dict[str, float]:
+        found = detect(experiment, model, records, device)
+        own = {} if found is None else evaluate(found, records, experiment.evaluation).metrics
+        return distributed.broadcast_object(own)
+
+    return metrics
+
+
+def _report(
+    path: Path, experiment: Experiment, split: str, device: torch.device, run: Path, out: Path | None = None
+) -> Evaluation:
+    """Evaluates a checkpoint on a split and writes metrics.json and detections.json."""
+    checkpoint = load_checkpoint(path)
+    records = read_split(experiment, split)
+    if records.class_names != checkpoint.class_names:
+        raise DataError(f"split {split}: classes {records.class_names}; {path} was trained on {checkpoint.class_names}")
+    model = _without_pretraining(experiment.model).build(records.num_classes)
+    load_evaluation_weights(model, checkpoint, path)
+    model = model.to(device)
+    found = detect(experiment, model, records, device)
+    evaluation = None
+    if found is not None:
+        evaluation = evaluate(found, records, experiment.evaluation, split)
+        folder = out or run / "evaluation" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder / DETECTIONS, found, records)
+        content = {"checkpoint": path.name, "step": checkpoint.step, "split": split, **evaluation.as_json()}
+        (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    evaluation = distributed.broadcast_object(evaluation)
+    assert evaluation is not None
+    return evaluation
+
+
+def _without_pretraining(config: RetinaNetConfig) -> RetinaNetConfig:
+    """The same network without reading initial weights: a checkpoint holds them all."""
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": "none"})})
+
+
+def _check_same_classes(train: Records, other: Records, split: str) -> None:
+    if train.class_names != other.class_names:
+        raise DataError(
+            f"split {split}: its classes are {list(other.class_names)}, those of the training split "
+            f"{list(train.class_names)}; name them in data.source.classes"
+        )
+
+
+def _describe(split: str, records: Records) -> list[str]:
+    per_class = torch.bincount(torch.from_numpy(records.labels), minlength=records.num_classes).tolist()
+    counts = ", ".join(f"{name} {count}" for name, count in zip(records.class_names, per_class, strict=True))
+    shown = counts if records.num_classes <= 20 else f"{records.num_classes} classes"
+    head = f"{split}: {len(records)} images, {len(records.labels)} objects ({shown})"
+    return [head, *(f"{split}: {note}" for note in records.notes)]

@@ -1,0 +1,91 @@
+"""Evaluations as text: accuracy and calibration side by side, each number with its settings."""
+
+from __future__ import annotations
+
+import math
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from detection.evaluation.evaluate import Evaluation
+
+ACCURACY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ap50_voc")
+CALIBRATION = ("d_ece", "ece_em", "brier", "nll", "precision", "recall")
+MOST_CLASSES = 40
+
+
+def print_evaluation(evaluation: Evaluation, title: str) -> None:
+    """Prints the evaluation to the terminal, or as plain text where there is none."""
+    Console(highlight=False, soft_wrap=True).print(render(evaluation, title))
+
+
+def render(evaluation: Evaluation, title: str) -> Group:
+    """Metrics, per-class table, reliability bins, and the settings behind the calibration numbers."""
+    parts = [
+        Text(title, style="bold"),
+        _side_by_side(evaluation),
+        _per_class(evaluation),
+        _reliability(evaluation),
+        Text("\n".join(_settings(evaluation)), style="dim"),
+    ]
+    return Group(*parts)
+
+
+def _side_by_side(evaluation: Evaluation) -> Table:
+    table = _table("accuracy", "", "calibration", "")
+    rows = max(len(ACCURACY), len(CALIBRATION))
+    for i in range(rows):
+        cells: list[str] = []
+        for names in (ACCURACY, CALIBRATION):
+            known = i < len(names) and names[i] in evaluation.metrics
+            cells += [names[i], number(evaluation.metrics[names[i]])] if known else ["", ""]
+        table.add_row(*cells)
+    return table
+
+
+def _per_class(evaluation: Evaluation) -> Table:
+    columns = [name for name in evaluation.per_class if not name.endswith("voc07")]
+    table = _table("class", *columns)
+    for i, name in enumerate(evaluation.class_names[:MOST_CLASSES]):
+        values = [(c, evaluation.per_class[c][i]) for c in columns]
+        table.add_row(name, *(f"{v:.0f}" if c in ("objects", "detections") else number(v) for c, v in values))
+    if len(evaluation.class_names) > MOST_CLASSES:
+        table.add_row(f"... {len(evaluation.class_names) - MOST_CLASSES} more", *[""] * len(columns))
+    return table
+
+
+def _reliability(evaluation: Evaluation) -> Table:
+    bins = evaluation.reliability
+    table = _table("score bin", "detections", "mean score", "precision", "95 % interval")
+    for i, count in enumerate(bins.count.tolist()):
+        span = f"{bins.edges[i]:.2f} - {bins.edges[i + 1]:.2f}"
+        if count == 0:
+            table.add_row(span, "0", "", "", "")
+            continue
+        interval = f"{bins.low[i]:.3f} - {bins.high[i]:.3f}"
+        table.add_row(span, f"{count:.0f}", number(bins.mean_score[i]), number(bins.mean_target[i]), interval)
+    return table
+
+
+def _settings(evaluation: Evaluation) -> list[str]:
+    """One line for each distinct setting, the metrics that share it in front."""
+    by_setting: dict[str, list[str]] = {}
+    for name in (*ACCURACY, *CALIBRATION):
+        if name in evaluation.settings:
+            by_setting.setdefault(evaluation.settings[name], []).append(name)
+    return [f"{', '.join(names)}: {setting}" for setting, names in by_setting.items()]
+
+
+def number(value: float) -> str:
+    """Four decimals, or a dash where there was nothing to measure."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="left" if name == "calibration" else "right")
+    return table
