@@ -32,7 +32,7 @@ def read_coco(
     """
     faults = Faults(str(annotations))
     columns = read_columns(annotations, faults, max_bytes)
-    if columns is not None and not any("file names" in kind for kind in faults.counts):
+    if columns is not None:
         check_files(images, columns.file_names, faults)
     faults.stop_if_any()
     assert columns is not None
@@ -78,13 +78,13 @@ def clip_with_notes(
         )
     changed = ~empty & ~outside & (clipped != boxes).any(axis=1)
     notes = []
-    for rows, verb in ((empty, "dropped {} boxes without area"), (outside, "dropped {} boxes outside their image")):
+    for rows, kind in ((empty, "without area"), (outside, "outside their image")):
         if rows.any():
             listed = _list([names[i] for i in np.flatnonzero(rows).tolist()][:LISTED], int(rows.sum()))
-            notes.append(f"{verb.format(rows.sum())} ({what} {listed})")
+            notes.append(f"boxes {kind}, dropped: {rows.sum()} ({what} {listed})")
     if changed.any():
         over = np.abs(clipped - boxes)[changed].max()
-        notes.append(f"clipped {changed.sum()} boxes that lay over the edge of their image, by up to {over:.3g} px")
+        notes.append(f"boxes over the edge of their image, clipped: {changed.sum()} (by up to {over:.3g} px)")
     return clipped, ~empty & ~outside, notes
 
 
@@ -115,7 +115,7 @@ def _assemble(columns: CocoColumns, chosen: Sequence[int], images: Path, where: 
     )
     skipped = len(labels) - len(mine)
     if skipped:
-        notes.append(f"left out {skipped} annotations of classes that were not chosen")
+        notes.append(f"annotations of classes that were not chosen, left out: {skipped}")
     rows = mine[keep]
     counts = np.bincount(columns.image_rows[rows], minlength=len(columns.image_ids))
     return Records(

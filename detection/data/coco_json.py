@@ -35,6 +35,7 @@ class CocoColumns:
     """The columns of a COCO file. R images, M annotations, C categories, all in the file's order."""
 
     file_names: list[str]
+    """Empty where the name is refused."""
     image_ids: Int[ndarray, "R"]
     sizes: Int[ndarray, "R 2"]
     """(H, W)."""
@@ -127,14 +128,14 @@ def _columns(images: list[Any], annotations: list[Any], categories: list[Any], f
     for raw, what in ((raw_images, "image"), (raw_categories, "category"), (raw_annotations, "annotation")):
         _check_unique(raw, f"{what} ids given more than once", faults)
     names = [row.get("file_name") for row in images]
-    check_names(names, faults)
+    sound_names = check_names(names, faults)
     _check_unique(names, "file names given to more than one image", faults)
     sizes = _sizes(images, faults)
     image_rows = _references(annotations, "image_id", raw_images, faults)
     boxes, box_given = _boxes(annotations, faults)
     _check_format(boxes[box_given], sizes, image_rows[box_given], faults)
     return CocoColumns(
-        file_names=[name if isinstance(name, str) else "" for name in names],
+        file_names=sound_names,
         image_ids=image_ids,
         sizes=sizes,
         category_ids=category_ids,

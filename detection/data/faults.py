@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from detection.types import DataError
 
 EXAMPLES = 5
-MAX_EXAMPLE = 120
+MAX_EXAMPLE = 300
 """Longest example that is shown, in characters: a hostile value must not fill the screen."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
@@ -20,23 +20,33 @@ MAX_SIDE = 65_535
 EXIF_ORIENTATION = 0x0112
 
 
-def check_names(names: Sequence[object], faults: Faults) -> None:
-    """Reports file names that are no text, or that would leave the image folder, before anything is opened."""
+def check_names(names: Sequence[object], faults: Faults) -> list[str]:
+    """The names, with "" for those that are no text or would leave the image folder, which are reported."""
+    sound = []
     for name in names:
-        if name is None:
-            faults.add("file names missing")
-        elif not isinstance(name, str) or not name:
-            faults.add("file names that are not text", repr(name))
-        elif not _is_encodable(name):
-            faults.add(f"file names with NUL, broken Unicode or more than {MAX_NAME_BYTES} bytes", repr(name[:60]))
-        elif name.startswith(("/", "\\")) or name[1:3] in (":\\", ":/"):
-            faults.add("file names that are absolute; expected names relative to the image folder", repr(name))
-        elif ".." in PurePosixPath(name.replace("\\", "/")).parts:
-            faults.add("file names that leave the image folder", repr(name))
+        kind = _fault_of(name)
+        if kind is not None:
+            faults.add(kind, None if name is None else repr(name))
+        sound.append(name if isinstance(name, str) and kind is None else "")
+    return sound
+
+
+def _fault_of(name: object) -> str | None:
+    if name is None:
+        return "file names missing"
+    if not isinstance(name, str) or not name:
+        return "file names that are not text"
+    if not _is_encodable(name):
+        return f"file names with NUL, broken Unicode or more than {MAX_NAME_BYTES} bytes"
+    if name.startswith(("/", "\\")) or name[1:3] in (":\\", ":/"):
+        return "file names that are absolute; expected names relative to the image folder"
+    if ".." in name and ".." in name.replace("\\", "/").split("/"):
+        return "file names that leave the image folder"
+    return None
 
 
 def check_files(root: Path, names: Sequence[str], faults: Faults) -> None:
-    """Reports the files that are missing below `root`, and those that a symbolic link takes out of it.
+    """Reports the files of sound names that are missing below `root`, or that a symbolic link takes out of it.
 
     Lists each folder once instead of asking for each file: 118,000 names take about a second.
     """
@@ -45,8 +55,8 @@ def check_files(root: Path, names: Sequence[str], faults: Faults) -> None:
         return
     real_root = os.path.realpath(root)
     folders: dict[str, dict[str, bool] | None] = {}
-    for name in names:
-        parent, _, last = str(PurePosixPath(name)).rpartition("/")
+    for name in filter(None, names):
+        parent, _, last = name.rpartition("/")
         if parent not in folders:
             folders[parent] = _entries(os.path.join(root, parent), real_root)
         entries = folders[parent]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +51,10 @@ def read_voc(root: Path, split: str, classes: Sequence[str] | None = None, layou
 
     Classes are those of the whole annotations folder sorted by name, so that every split has the same labels, unless
     `classes` names them; category ids are label + 1. `difficult` objects are crowd. Objects of classes that are not
-    named are left out, with a note.
+    named are left out, with a note. An image is found by its name in the list; the XML's own path is not followed.
     Units: VOC's pixel (xmin..xmax), counted from 1 and inclusive, covers xmin - 1 to xmax in continuous coordinates.
+    A box with xmin = xmax would be one pixel wide by that rule; annotation tools leave such boxes by accident, so they
+    are dropped, with a note.
     Errors: DataError that lists every kind of fault of the split at once.
     Source: VOC 2012 devkit, section 3.4 (the top left pixel has coordinates (1, 1)); `one_based` of the layout.
     """
@@ -73,8 +76,9 @@ def read_voc(root: Path, split: str, classes: Sequence[str] | None = None, layou
     _check_sizes(root / layout.images_dir, paths, pages, faults)
     _check_corners(names, pages, faults)
     faults.stop_if_any()
-    known = classes if classes is not None else _class_names(annotations, names, pages)
-    return _assemble(root, split, layout, names, paths, pages, list(known), classes is not None)
+    known = _class_names(annotations, names, pages)
+    chosen = known if classes is None else [known[i] for i in choose_classes(known, classes, str(root))]
+    return _assemble(root, split, layout, names, paths, pages, chosen)
 
 
 def voc_splits(root: Path, layout: VocLayout | None = None) -> tuple[str, ...]:
@@ -107,7 +111,7 @@ def _split_names(root: Path, split: str, layout: VocLayout) -> list[str]:
             names.append(words[0])
     if not names:
         faults.add("no image is named")
-    faults.add_all("images named more than once", sorted({n for n in names if names.count(n) > 1}) if names else [])
+    faults.add_all("images named more than once", (name for name, count in Counter(names).items() if count > 1))
     faults.stop_if_any()
     return names
 
@@ -223,12 +227,9 @@ def _assemble(
     paths: Sequence[str],
     pages: Sequence[_Page],
     classes: Sequence[str],
-    subset: bool,
 ) -> Records:
     where = f"{root} ({split})"
     flat = [name for page in pages for name in page.names]
-    if subset:
-        choose_classes(sorted(set(flat) | set(classes)), classes, where)
     image_rows = np.repeat(np.arange(len(pages)), [len(page.names) for page in pages])
     position = {name: i for i, name in enumerate(classes)}
     labels = np.array([position.get(name, -1) for name in flat], dtype=np.int64)
@@ -244,7 +245,7 @@ def _assemble(
     places = [names[row] for row in image_rows[mine]]
     clipped, keep, notes = clip_with_notes(boxes[mine], sizes[image_rows[mine]], places, "in", where)
     if len(mine) < len(flat):
-        notes.append(f"left out {len(flat) - len(mine)} objects of classes that were not chosen")
+        notes.append(f"objects of classes that were not chosen, left out: {len(flat) - len(mine)}")
     rows = mine[keep]
     kept = clipped[keep]
     counts_per_image = np.bincount(image_rows[rows], minlength=len(pages))
