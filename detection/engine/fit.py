@@ -22,7 +22,7 @@ from detection.engine.journal import Journal, open_run_folder
 from detection.engine.optim import OptimConfig, ScheduleConfig, build_optimiser, lr_factor, scaled_lr, set_lr
 from detection.engine.parallel import Precision, StopFlag, broadcast_buffers, parallelise, place
 from detection.engine.state import Live, Progress, capture, restore, save_on_rank_0
-from detection.engine.step import Assign, StepParts, Window, optimisation_step
+from detection.engine.step import Assign, StepParts, Window, check_weights, optimisation_step
 from detection.types import Batch
 
 
@@ -291,8 +291,9 @@ class _Loop:
         return is_best
 
     def save(self, *names: str) -> None:
-        """Writes the checkpoint, unless a step since the last look was not finite."""
+        """Writes the checkpoint, unless a step since the last look or a weight is not finite."""
         self.window.check()
+        check_weights(self.live.model, self.progress.step)
         parts = self.components
         checkpoint = capture(self.live, self.progress, self.window, parts.config, parts.class_names, parts.category_ids)
         save_on_rank_0(checkpoint, *(self.run / name for name in names))

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detection.config import ConfigError
 from detection.distributed import broadcast_object, rank
-from detection.engine.checkpoint import LAST, write_atomically
+from detection.engine.checkpoint import LAST, CheckpointError, write_atomically
 
 CONFIG, JOURNAL, TENSORBOARD = "config.json", "journal.jsonl", "tensorboard"
 
@@ -108,8 +108,11 @@ class Journal:
         if not self._active:
             return
         line = json.dumps({"event": event, "step": step, **_finite(content)}, allow_nan=False)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Adds the values to TensorBoard, as group/name."""

@@ -16,6 +16,7 @@ from detection.types import AnchorLevel, Batch, Losses, Matches, Predictions, Ta
 Assign = Callable[[Sequence[AnchorLevel], Sequence[Target], int], Matches]
 
 MAX_IDS_SHOWN = 64
+MAX_NAMES_SHOWN = 8
 
 COLUMNS = ("total", "classification", "box", "num_positive", "grad_norm")
 """What a step leaves on the device, in this order."""
@@ -140,6 +141,17 @@ class Window:
             "images_per_second": self.images * world_size() / seconds,
             "data_wait": min(self.waited / seconds, 1.0),
         }
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raises NonFiniteError on every rank if a weight or a running statistic is not finite on one. A host sync."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).cpu()
+    names = [name for (name, _), good in zip(tensors, finite.tolist(), strict=True) if not good]
+    reports = [name for names in all_gather_objects(names[:MAX_NAMES_SHOWN]) for name in names]
+    if reports:
+        listed = ", ".join(sorted(set(reports)))
+        raise NonFiniteError(f"weights are not finite after step {step}, so they are not saved: {listed}")
 
 
 def _explain(window: Window, index: int, own_loss_finite: bool, row: list[float]) -> str:

@@ -151,7 +151,7 @@ def test_other_content_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> Non
     with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
         load(path)
     torch.save({"format": 1, "step": 3}, path)
-    with pytest.raises(CheckpointError, match="missing or unknown: .*category_ids"):
+    with pytest.raises(CheckpointError, match=r"missing or unknown: .*category_ids"):
         load(path)
     content = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
     torch.save({**content, "step": "five"}, path)

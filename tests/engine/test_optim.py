@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_training import ToyModel
 from torch import nn
+from toy_training import ToyModel
 
 from detection.config import ConfigError
 from detection.engine.optim import OptimConfig, ScheduleConfig, build_optimiser, lr_factor, scaled_lr, set_lr

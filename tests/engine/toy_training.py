@@ -1,6 +1,6 @@
 """A detector of one convolution on synthetic images: every engine contract in milliseconds a step.
 
-Run as a script it trains in a process of its own, which can be killed: `toy_training.py RUN '{"resume": true, ...}'`.
+Run as a script it trains in processes of its own, which can be killed: `toy_training.py '{"RUN": {"resume": true}}'`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from detection import distributed
 from detection.engine.ema import EmaConfig
 from detection.engine.fit import Components, FitConfig, FitResult, fit
 from detection.engine.optim import OptimConfig, ScheduleConfig
+from detection.engine.parallel import parallelise
+from detection.engine.step import StepParts, batch_losses
 from detection.types import AnchorLevel, Batch, Frame, Losses, Matches, Predictions, Target
 
 CLASSES = ("a", "b", "c")
@@ -173,7 +177,8 @@ def at_call(number: int, action: Callable[[], None]) -> Callable[..., Matches]:
 def train(run: Path, options: dict[str, object]) -> FitResult:
     """Trains on the CPU; options: resume, workers, kill_at, term_at (calls of assign), and those of `FitConfig`."""
     options = dict(options)
-    batches = ToyBatches(workers=int(options.pop("workers", 0)))  # type: ignore[call-overload]
+    images, workers = int(options.pop("images", 16)), int(options.pop("workers", 0))  # type: ignore[call-overload]
+    batches = ToyBatches(images=images, workers=workers)
     resume = bool(options.pop("resume", False))
     chosen: Callable[..., Matches] = assign
     for name, number in (("kill_at", signal.SIGKILL), ("term_at", signal.SIGTERM)):
@@ -195,8 +200,51 @@ def leaves(tree: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, tree
 
 
+def save_gradients(folder: Path, empty_rank: int) -> None:
+    """Writes this rank's gradients of its share of a joined batch of 8; `empty_rank` of two has no objects at all."""
+    model = ToyModel(dropout=0.0).eval()
+    parts = StepParts(
+        parallelise(model, torch.device("cpu"), compiled=False),
+        assign,
+        ToyCriterion(),
+        torch.optim.SGD(model.parameters()),
+        len(CLASSES),
+        torch.device("cpu"),
+        "float32",
+        0.0,
+    )
+    per_half = [[sample(0, i + 4 * half, objects=half != empty_rank) for i in range(4)] for half in range(2)]
+    mine = per_half[distributed.rank()] if distributed.world_size() == 2 else per_half[0] + per_half[1]
+    batch_losses(parts, collate(mine)).total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.save(gradients, folder / f"{distributed.world_size()}-{distributed.rank()}.pt")
+
+
+def run_ranks(world: int, *arguments: str) -> list[int]:
+    """Exit codes of this file run with `arguments` in `world` processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(world):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if world > 1:
+            environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, *arguments]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    try:
+        return [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.initialise(torch.device("cpu"))
-    train(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    if sys.argv[1] == "gradients":
+        save_gradients(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        for folder, options in json.loads(sys.argv[1]).items():
+            train(Path(folder), options)
     distributed.shut_down()
