@@ -18,7 +18,7 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
-from detection.data.dataset import DetectionDataset, ImageConfig, Sample
+from detection.data.dataset import FORMATS, DetectionDataset, ImageConfig, Sample
 from detection.data.loader import FILL, BatchLoader, LoaderConfig, build_loader, collate
 from detection.data.sampler import BatchOrder, EvaluationOrder
 from detection.data.transforms import TransformConfig
@@ -135,9 +135,12 @@ def test_fill_is_about_zero_after_imagenet_normalisation() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_file_is_a_data_error_without_a_workers_traceback(tmp_path: Path, workers: int) -> None:
     loader, _ = make_loader(write_records(tmp_path, 8, bad=[5]), workers)
-    with pytest.raises(DataError, match=r"5.png: not an image") as caught:
+    message = ""
+    try:
         list(loader)
-    assert "Traceback" not in str(caught.value)
+    except DataError as error:
+        message = str(error)
+    assert message == f"{tmp_path / '5.png'}: not an image ({', '.join(FORMATS)} are read)"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
