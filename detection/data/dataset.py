@@ -33,6 +33,8 @@ ORIENTATION_TAG = 0x0112
 MAX_BYTES_A_PIXEL = 8
 HEADER_BYTES = 64 << 20
 MAX_PIXELS = 150_000_000
+END_OF_IMAGE = b"\xff\xd9"
+TAIL_BYTES = 64  # the marker is nearly always among the last bytes, and a search of the whole scan takes a while
 
 
 class ImageConfig(Section):
@@ -218,7 +220,8 @@ def jpeg_is_complete(data: bytes) -> bool:
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xDA:
-            return data.find(b"\xff\xd9", at + 2) >= 0
+            tail = max(at, len(data) - TAIL_BYTES)
+            return data.find(END_OF_IMAGE, tail) >= 0 or data.find(END_OF_IMAGE, at) >= 0
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 

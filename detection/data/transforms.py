@@ -25,6 +25,7 @@ import albumentations
 GREY = np.array([0.299, 0.587, 0.114])
 # RGB to luma and two chroma axes (YIQ), in which a change of hue is a rotation of the chroma plane.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+YIQ_TO_RGB = np.linalg.inv(YIQ)
 CROP_TRIES = 10
 
 Probability = Field(default=0.0, ge=0.0, le=1.0)
@@ -186,9 +187,9 @@ class Transform:
         self, boxes: Float[ndarray, "M 4"], labels: Int[ndarray, "M"], crowd: Bool[ndarray, "M"], plan: Plan
     ) -> tuple[Float[ndarray, "m 4"], Int[ndarray, "m"], Bool[ndarray, "m"]]:
         """(boxes, labels, crowd) in network pixels: clipped, the vanished dropped, the mostly hidden to be ignored."""
-        moved = boxes * np.tile(plan.scale, 2) + np.tile(plan.padding, 2)
+        moved = boxes * np.array(plan.scale * 2) + np.array(plan.padding * 2)
         height, width = plan.size
-        clipped = moved.clip(0, np.tile((width, height), 2))
+        clipped = moved.clip(0, np.array((width, height) * 2))
         hidden = visible_fraction(boxes, plan.window) < self.config.min_visibility
         if plan.transpose:
             clipped, height, width = clipped[:, [1, 0, 3, 2]], width, height
@@ -273,7 +274,7 @@ def jitter_colours(
     """
     turn = 2 * math.pi * hue
     rotation = np.array([[1, 0, 0], [0, math.cos(turn), math.sin(turn)], [0, -math.sin(turn), math.cos(turn)]])
-    hues = np.linalg.inv(YIQ) @ rotation @ YIQ
+    hues = YIQ_TO_RGB @ rotation @ YIQ
     saturations = saturation * np.eye(3) + (1 - saturation) * np.tile(GREY, (3, 1))
     linear = contrast * brightness * hues @ saturations
     mean = float(GREY @ np.array(cv2.mean(image)[:3]))
@@ -296,6 +297,6 @@ def _degradations(config: TransformConfig) -> albumentations.Compose | None:
 
 def visible_fraction(boxes: Float[ndarray, "M 4"], window: tuple[int, int, int, int]) -> Float[ndarray, "M"]:
     """The fraction of each box's area that lies in `window` (xyxy); 0 for a box without area."""
-    seen = boxes.clip(np.tile(window[:2], 2), np.tile(window[2:], 2))
+    seen = boxes.clip(np.array(window[:2] * 2), np.array(window[2:] * 2))
     areas, inside = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, seen))
     return np.asarray(np.divide(inside, areas, out=np.zeros(len(boxes)), where=areas > 0))
