@@ -102,10 +102,62 @@ def ece_equal_mass(
     return float(np.nansum(table.gap * table.count) / n)
 
 
+def class_errors(
+    scores: Float[ndarray, "n"],
+    targets: Float[ndarray, "n"],
+    labels: Int[ndarray, "n"],
+    num_classes: int,
+    bins: int = 10,
+    rule: BinRule = "right_closed",
+) -> Float[ndarray, "K"]:
+    """The expected error of each class by itself; NaN for a class without detections."""
+    index = bin_index(scores, np.linspace(0.0, 1.0, bins + 1), rule)
+    total = np.bincount(labels * bins + index, weights=targets - scores, minlength=num_classes * bins)
+    number = np.bincount(labels, minlength=num_classes)
+    error = np.abs(total).reshape(num_classes, bins).sum(axis=1)
+    errors: Float[ndarray, "K"] = np.divide(error, number, out=np.full(num_classes, np.nan), where=number > 0)
+    return errors
+
+
+def class_mean(values: Float[ndarray, "K"]) -> float:
+    """Mean over the classes that have a value."""
+    defined = values[~np.isnan(values)]
+    return float(np.mean(defined)) if len(defined) else float("nan")
+
+
 def brier(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> float:
     """Mean squared difference of score and target."""
     check_scores(scores)
     return float(np.mean((scores - targets) ** 2)) if len(scores) else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class BrierParts:
+    """Murphy's parts over bins: brier = reliability - resolution + uncertainty + within_bins."""
+
+    reliability: float
+    """Squared gap of mean score and precision. Lower is better calibrated."""
+    resolution: float
+    """How far the bins' precisions spread around the overall one. Higher is more informative."""
+    uncertainty: float
+    """Variance of the targets: what a constant score would cost."""
+    within_bins: float
+    """What the spread of scores inside a bin adds; 0 where every bin holds one score."""
+
+
+def brier_parts(
+    scores: Float[ndarray, "n"], targets: Float[ndarray, "n"], bins: int = 10, rule: BinRule = "right_closed"
+) -> BrierParts:
+    """The Brier score taken apart over equal bins. Source: Murphy 1973."""
+    if len(scores) == 0:
+        return BrierParts(*[float("nan")] * 4)
+    table = reliability(scores, targets, bins, rule)
+    share, mean = table.count / len(scores), float(np.mean(targets))
+    calibration = float(np.nansum(share * table.gap**2))
+    resolution = float(np.nansum(share * (table.mean_target - mean) ** 2))
+    uncertainty = float(np.mean((targets - mean) ** 2))
+    rest = brier(scores, targets) - (calibration - resolution + uncertainty)
+    return BrierParts(calibration, resolution, uncertainty, rest)
 
 
 def nll(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> float:

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from detection.evaluation.calibration_error import (
     bin_index,
     brier,
+    brier_parts,
+    class_errors,
+    class_mean,
     d_ece,
     ece_equal_mass,
     nll,
@@ -107,3 +110,31 @@ def test_perfect_calibration_has_no_error(groups):
     filled = bins.count > 0
     assert (bins.low[filled] <= bins.mean_target[filled] + 1e-12).all()
     assert (bins.mean_target[filled] <= bins.high[filled] + 1e-12).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs)
+def test_brier_parts_add_up(data):
+    scores, targets = np.array([s for s, _ in data]), np.array([float(t) for _, t in data])
+    parts = brier_parts(scores, targets)
+    total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bins
+    assert total == pytest.approx(brier(scores, targets), abs=1e-12)
+    assert min(parts.reliability, parts.resolution, parts.uncertainty) >= 0
+    assert parts.resolution <= parts.uncertainty + 1e-12
+
+
+def test_brier_has_no_rest_where_each_bin_holds_one_score():
+    parts = brier_parts(np.array([0.25, 0.25, 0.75, 0.75]), np.array([0.0, 1, 1, 1]))
+    assert parts.within_bins == pytest.approx(0)
+    assert (parts.reliability, parts.resolution) == pytest.approx((0.0625, 0.0625))
+
+
+def test_class_errors_equal_each_class_by_itself():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random(300), rng.integers(0, 3, 300)
+    targets = (rng.random(300) < scores).astype(float)
+    errors = class_errors(scores, targets, labels, 5)
+    for k in range(3):
+        assert errors[k] == pytest.approx(d_ece(scores[labels == k], targets[labels == k]), abs=1e-12)
+    assert np.isnan(errors[3:]).all()
+    assert class_mean(errors) == pytest.approx(errors[:3].mean())
