@@ -96,10 +96,10 @@ def check_anchors(
     for label, name in enumerate(records.class_names):
         for size, low, high in SIZES:
             group = real & (labels == label) & (area >= low) & (area < high)
-            for rows, text in ((lost, f"no anchor reaches IoU {KEPT}"), (weak, f"no anchor reaches IoU {REACHED}")):
-                if (rows & group).any():
-                    text = f"{text}: {(rows & group).sum()} of {group.sum()} objects of class {name!r}, {size}"
-                    findings.append(Finding("warning", f"{text} (in network pixels)"))
+            if (group & (lost | weak)).any():
+                text = f"anchors: class {name!r}, {size} in network pixels, {group.sum()} objects: best IoU "
+                text += f"below {KEPT}: {(lost & group).sum()}, {KEPT} to {REACHED}: {(weak & group).sum()}"
+                findings.append(Finding("warning", text))
     return findings
 
 
