@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from detection.data.coco import clip_with_notes
 from detection.data.coco_json import MAX_BYTES, CocoColumns, read_columns
+from detection.data.dataset import read_image
 from detection.data.faults import Faults
 from detection.data.image_files import check_files, header_size
 from detection.types import AnchorLevel, DataError, Records
@@ -57,14 +58,14 @@ def check_coco_json(path: Path, images: Path | None = None, max_bytes: int = MAX
 def check_records(records: Records, files: bool = True, contents: bool = False) -> list[Finding]:
     """What is wrong or odd in a data set that could be read: classes, boxes, and with `files` the image files' headers.
 
-    With `contents` every file is read, and images that are byte for byte the same are named.
+    With `contents` every image is decoded as in training, and those that are byte for byte the same are named.
     """
     findings = [Finding("warning", note) for note in records.notes]
     findings += _check_classes(records) + _check_boxes(records)
-    if files:
-        findings += _check_headers(records)
     if contents:
         findings += _check_contents(records)
+    elif files:
+        findings += _check_headers(records)
     return findings
 
 
@@ -213,8 +214,16 @@ def _check_headers(records: Records) -> list[Finding]:
 
 
 def _check_contents(records: Records) -> list[Finding]:
+    faults = []
+    for path, (height, width) in zip(_paths(records), records.sizes.tolist(), strict=True):
+        try:
+            read_image(path, (height, width))
+        except DataError as error:
+            faults.append(str(error))
     groups = [" = ".join(paths) for paths in _digests(records).values() if len(paths) > 1]
-    return _listing("warning", "images that are byte for byte the same", groups)
+    return _listing("error", "images that cannot be trained on", faults) + _listing(
+        "warning", "images that are byte for byte the same", groups
+    )
 
 
 def _digests(records: Records) -> dict[str, list[str]]:

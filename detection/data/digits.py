@@ -103,20 +103,19 @@ def make_digits(folder: Path, options: DigitsOptions) -> None:
 
     A folder made before with the same options is reused. The data set is rendered beside the folder and renamed when
     complete, so any number of processes may call this at once and none ever sees a half-written data set.
-    Errors: DataError when the folder holds anything else; nothing is overwritten.
+    Errors: DataError when the folder holds anything else, or cannot be written; nothing is overwritten.
     """
     if _is_made(folder, options):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    fresh = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.tmp"
     try:
-        fresh.mkdir()
+        fresh.mkdir(parents=True)
         _render_all(fresh, options)
         (fresh / STAMP).write_text(json.dumps(_stamp(options), indent=1) + "\n", encoding="utf-8")
         os.rename(fresh, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_made(folder, options):
-            raise
+            raise DataError(f"{folder}: the digits data set cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

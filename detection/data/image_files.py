@@ -1,4 +1,4 @@
-"""Where a data set's images are: names confined to the image folder, sizes from headers. Decodes no pixels."""
+"""Where a data set's images are: names confined to the image folder, sizes from their headers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 from numpy import ndarray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from detection.data.faults import Faults
 
@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 1024
 MAX_SIDE = 65_535
 """The largest width or height that is believed, in pixels: JPEG's own limit."""
 EXIF_ORIENTATION = 0x0112
+MAX_DECODED = 100_000_000
 
 
 def check_names(names: Sequence[object], faults: Faults) -> list[str]:
@@ -74,14 +75,18 @@ def join_paths(root: Path, names: Sequence[str]) -> Shaped[ndarray, "R"]:
 
 
 def header_size(path: str | Path) -> tuple[int, int] | None:
-    """(H, W) that an image file's header states, after its EXIF orientation; None when it is no readable image."""
+    """(H, W) that an image file's header states, after its EXIF orientation; None when it is no readable image.
+
+    A PNG file may hide its EXIF data behind the pixels; they are decoded for it up to MAX_DECODED pixels.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 width, height = image.size
-                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+                known = image.format != "PNG" or "exif" in image.info or width * height <= MAX_DECODED
+                turned = known and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # any exception at all may come out of a parser that is fed a hostile file
         return None
     return (width, height) if turned else (height, width)
 

@@ -92,6 +92,18 @@ def test_files_that_are_missing_broken_or_of_another_size(tmp_path: Path) -> Non
     assert errors[2].endswith("64x64 declared, 50x64 in the file")
 
 
+def test_decoding_finds_truncated_photographs(tmp_path: Path) -> None:
+    records = make_records(tmp_path, [[[0, 0, 9, 9]]], [[0]])
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.jpg")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.jpg").read_bytes()[:2000])
+    assert lines(check_records(records), "error") == []
+    errors = lines(check_records(records, contents=True), "error")
+    assert len(errors) == 1
+    assert "images that cannot be trained on" in errors[0]
+    assert "truncated" in errors[0]
+
+
 def test_a_turned_photograph_has_the_size_it_is_seen_at(tmp_path: Path) -> None:
     records = make_records(tmp_path, [[[0, 0, 9, 9]]], [[0]], side=64)
     exif = Image.Exif()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,21 +125,28 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(digits, "_render_split", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataError, match=r"cannot be written \(No space"):
         make_digits(tmp_path / "set", SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_that_render_at_once_agree(tmp_path: Path) -> None:
-    options = SMALL.model_copy(update={"train": 5})
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=make_digits, args=(tmp_path / "set", options)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+def test_renderers_that_run_at_once_agree(made: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(make_digits, tmp_path / "new" / "set", SMALL) for _ in range(4)]:
+            done.result()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["set"]
+    assert contents(tmp_path / "new" / "set") == contents(made)
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def intrude(*_: object) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(digits, "_render_all", intrude)
+    with pytest.raises(DataError, match="not a digits data set"):
+        make_digits(tmp_path / "set", SMALL)
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "notes.txt"]
 
 
 def test_bad_options_are_refused() -> None:
