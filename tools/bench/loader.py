@@ -1,7 +1,8 @@
 """Images a second of the loader against cv2 decoding + the same albumentations pipeline, normalised to float tensors.
 
 Both resize the longest side, flip, jitter the colours and pad; the toolkit hands over uint8 and leaves the
-normalisation to the device, decodes large files at a fraction of their size, and does the colours by one matrix. Run: python -m tools.bench.loader --out tools/bench/results/loader.jsonl
+normalisation to the device, decodes large files at a fraction of their size, and does the colours by one matrix.
+Run: python -m tools.bench.loader --out tools/bench/results/loader.jsonl
 """
 
 from __future__ import annotations
