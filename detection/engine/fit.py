@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -234,8 +235,7 @@ class _Loop:
         """Steps to the end of the epoch, or until all ranks agree to stop."""
         config, progress, accumulate = self.config, self.progress, self.config.accumulate
         epoch, done = divmod(progress.step, self.steps_per_epoch)
-        with preserved_random_state(self.parts.device):
-            batches = iter(self.components.batches.epoch(epoch, done * accumulate))
+        batches = iter(self.components.batches.epoch(epoch, done * accumulate))
         self.window.restart_clock()
         for index in range(done, self.steps_per_epoch):
             count = min(accumulate, self.components.batches.batches_per_epoch - index * accumulate)
@@ -326,7 +326,8 @@ def fetch(batches: Iterator[Batch], count: int, stop: StopFlag) -> tuple[Sequenc
     """
     started = time.perf_counter()
     try:
-        group = list(islice(batches, count))
+        with preserved_random_state():
+            group = list(islice(batches, count))
     except RuntimeError:
         if not stop.requested:
             raise
@@ -335,7 +336,10 @@ def fetch(batches: Iterator[Batch], count: int, stop: StopFlag) -> tuple[Sequenc
     return group, time.perf_counter() - started
 
 
-def preserved_random_state(device: torch.device) -> Any:
-    """A scope after which torch's generators are as before: data loaders draw a base seed from them."""
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda")
+def preserved_random_state(device: torch.device | None = None) -> AbstractContextManager[None]:
+    """A scope after which torch's generators (the host's, and the device's) are as before.
+
+    Data loaders draw a base seed when an epoch's first batch is asked for, which a resumed run does more often.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +123,12 @@ class ToyBatches:
     def batches_per_epoch(self) -> int:
         return self.images // (self.batch_size * distributed.world_size())
 
-    def epoch(self, epoch: int, start: int) -> Iterable[Batch]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Lazy: the loader draws its base seed from torch's generator when the first batch is asked for."""
         mine = range(distributed.rank(), self.images, distributed.world_size())
         keys = [(epoch, i) for i in mine]
         order = [keys[b * self.batch_size : (b + 1) * self.batch_size] for b in range(start, self.batches_per_epoch)]
-        return DataLoader(ToyDataset(), batch_sampler=order, num_workers=self.workers, collate_fn=collate)
+        yield from DataLoader(ToyDataset(), batch_sampler=order, num_workers=self.workers, collate_fn=collate)
 
 
 def weight_sum(model: nn.Module) -> dict[str, float]:
