@@ -63,37 +63,34 @@ def assign_atss(
 def _candidates(scene: Scene, objects: Int[ndarray, "m"], top_k: int) -> Iterator[Pairs]:
     """The positive candidates of the objects, chunk by chunk."""
     grids = scene.grids
-    members = [int(grids.members[shape]) for shape in _first_shapes(grids)]
-    cells = [min(top_k, int(count) // size) for count, size in zip(grids.counts, members, strict=True)]
-    each = sum(count * size for count, size in zip(cells, members, strict=True))
-    step = max(PAIRS_AT_ONCE // max(each, 1), 1)
+    members = grids.members[grids.first_shape]
+    each = int((np.minimum(top_k, grids.counts // members) * members).sum())
+    step = max(PAIRS_AT_ONCE // each, 1)
     for start in range(0, len(objects), step):
         chosen = objects[start : start + step]
-        anchor = [nearest_anchors(scene, chosen, level, top_k) for level in range(len(grids.boxes))]
-        per_level = np.array([part.size for part in anchor])
-        taken = gather(grids, np.concatenate([part.reshape(-1) for part in anchor]), per_level)
-        owner = np.concatenate([np.repeat(chosen, part.shape[1]) for part in anchor])
+        nearest = [nearest_anchors(grids, scene.boxes[chosen], level, top_k) for level in range(len(grids.boxes))]
+        anchor = np.concatenate([part.reshape(-1) for part in nearest])
+        position = np.concatenate([np.repeat(np.arange(len(chosen)), part.shape[1]) for part in nearest])
+        per_level = np.array([part.size for part in nearest])
+        level = np.repeat(np.arange(len(nearest)), per_level)
+        owner = chosen[position]
+        taken = gather(grids, anchor, per_level)
         value = overlap(scene, owner, taken, "iou")
-        position = np.repeat(np.arange(len(chosen)), 1)
-        member = np.concatenate([np.repeat(position, part.shape[1]) for part in anchor])
-        wanted = value >= _thresholds(value, member, len(chosen))[member]
+        wanted = value >= _thresholds(value, position, len(chosen))[position]
         wanted &= _centre_inside(scene.boxes[owner], taken)
-        level = np.repeat(np.arange(len(anchor)), per_level)
-        slot = scene.level_start[level] + scene.image[owner] * grids.counts[level]
-        slot += np.concatenate([part.reshape(-1) for part in anchor])
+        slot = anchor + scene.level_start[level] + scene.image[owner] * grids.counts[level]
         yield Pairs(owner[wanted], slot[wanted], value[wanted])
 
 
-def nearest_anchors(scene: Scene, objects: Int[ndarray, "m"], level: int, top_k: int) -> Int[ndarray, "m C"]:
-    """The anchors, numbered in the level, of the `top_k` cells nearest to each object's centre (all, if there are fewer).
+def nearest_anchors(grids: Grids, objects: Float[ndarray, "m 4"], level: int, top_k: int) -> Int[ndarray, "m C"]:
+    """The anchors, numbered in the level, of the `top_k` cells nearest to each object's centre (or of all).
 
     The cell in the i-th nearest column and the j-th nearest row (from 1) has i * j - 1 cells no farther than itself, so
     only those with i * j <= top_k compete.
     """
-    grids = scene.grids
     shapes = np.flatnonzero(grids.level == level)
     size, stride = grids.size[shapes[0]], grids.stride[shapes[0]]
-    boxes = scene.boxes[objects].astype(np.float64)
+    boxes = objects.astype(np.float64)
     offset = (boxes[:, :2] + boxes[:, 2:]) / 2 - grids.centre[shapes].mean(axis=0)
     column, dx = _nearest_lines(offset[:, 0], stride[0], int(size[0]), top_k)
     row, dy = _nearest_lines(offset[:, 1], stride[1], int(size[1]), top_k)
@@ -120,13 +117,14 @@ def _nearest_lines(
     return np.take_along_axis(lines, order, axis=1), np.take_along_axis(distance, order, axis=1)
 
 
-def _thresholds(value: Float[ndarray, "P"], member: Int[ndarray, "P"], num_objects: int) -> Float[ndarray, "m"]:
+def _thresholds(value: Float[ndarray, "P"], position: Int[ndarray, "P"], num_objects: int) -> Float[ndarray, "m"]:
     """Mean plus (unbiased) standard deviation of each object's candidates, float64."""
-    count = np.bincount(member, minlength=num_objects)
-    mean = np.bincount(member, weights=value, minlength=num_objects) / count
-    squares = np.bincount(member, weights=(value - mean[member]) ** 2, minlength=num_objects)
+    count = np.bincount(position, minlength=num_objects)
+    mean = np.bincount(position, weights=value, minlength=num_objects) / count
+    squares = np.bincount(position, weights=(value - mean[position]) ** 2, minlength=num_objects)
     spread: ndarray = np.sqrt(squares / np.maximum(count - 1, 1))
-    return mean + spread
+    thresholds: ndarray = mean + spread
+    return thresholds
 
 
 def _centre_inside(boxes: Float[ndarray, "P 4"], anchors: Float[ndarray, "P 4"]) -> Bool[ndarray, "P"]:
@@ -134,7 +132,3 @@ def _centre_inside(boxes: Float[ndarray, "P 4"], anchors: Float[ndarray, "P 4"])
     before, after = centre - boxes[:, :2], boxes[:, 2:] - centre
     inside: ndarray = (np.minimum(before, after) > np.float32(CENTRE_MARGIN)).all(axis=1)
     return inside
-
-
-def _first_shapes(grids: Grids) -> list[int]:
-    return np.searchsorted(grids.level, np.arange(len(grids.boxes))).tolist()

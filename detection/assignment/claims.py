@@ -36,16 +36,19 @@ class Claims:
 
     def values(self, slots: Int[ndarray, "C"]) -> Float[ndarray, "C"]:
         """float32 values of the claims; 0 where there is none."""
-        return (self.table[slots] >> ROW_BITS).astype(np.int32).view(np.float32)
+        bits: ndarray = self.table[slots] >> ROW_BITS
+        return bits.astype(np.int32).view(np.float32)
 
     def objects(self, slots: Int[ndarray, "C"]) -> Int[ndarray, "C"]:
         """Object rows of claimed slots."""
-        return ROW_MASK - (self.table[slots] & ROW_MASK)
+        rows: ndarray = ROW_MASK - (self.table[slots] & ROW_MASK)
+        return rows
 
 
 def pack(values: Float[ndarray, "P"], objects: Int[ndarray, "P"]) -> Int[ndarray, "P"]:
     """Claims as integers that order by value, then by the lower object row."""
-    return (values.view(np.int32).astype(np.int64) << ROW_BITS) | (ROW_MASK - objects)
+    claims: ndarray = (values.view(np.int32).astype(np.int64) << ROW_BITS) | (ROW_MASK - objects)
+    return claims
 
 
 def covered_slots(scene: Scene, crowd_ioa: float) -> Int[ndarray, "C"]:
@@ -86,5 +89,10 @@ def settle(
 
 
 def _by_level(scene: Scene, values: Int[ndarray, "slots"]) -> tuple[torch.Tensor, ...]:
-    levels = torch.from_numpy(values).split((scene.grids.counts * scene.num_images).tolist())
-    return tuple(level.view(scene.num_images, -1) for level in levels)
+    counts: list[int] = scene.grids.counts.tolist()
+    starts = scene.level_start.tolist()
+    whole = torch.from_numpy(values)
+    return tuple(
+        whole[start : start + scene.num_images * count].view(scene.num_images, count)
+        for start, count in zip(starts, counts, strict=True)
+    )

@@ -63,8 +63,8 @@ def gather_contested(scene: Scene, slots: Int[ndarray, "C"], values: Float[ndarr
     level = np.searchsorted(scene.level_start, slots, side="right") - 1
     local = slots - scene.level_start[level]
     image, anchor = np.divmod(local, grids.counts[level])
-    first_shape = np.searchsorted(grids.level, np.arange(len(grids.boxes)))
-    shape = first_shape[level] + anchor % grids.members[first_shape[level]]
+    first_shape = grids.first_shape[level]
+    shape = first_shape + anchor % grids.members[first_shape]
     floor = np.full((len(grids.level), scene.num_images), np.inf)
     np.minimum.at(floor, (shape, image), values.astype(np.float64) * (1 - ROUNDING))
     boxes = gather(grids, anchor, np.bincount(level, minlength=len(grids.boxes)))

@@ -69,7 +69,7 @@ def assign_max_iou(
     if config.keep_best:
         weak = objects[best[objects] < np.float32(config.negative)]
         if len(weak):
-            _keep_weak(scene, claims, weak, objects, best, kept)
+            _keep_weak(scene, claims, weak, objects, config.negative, best, kept)
     else:
         kept[:] = False
     slots = claims.slots()
@@ -82,7 +82,7 @@ def assign_max_iou(
 
 
 def _keep_ties(pairs: Pairs, floor: float, best: Float[ndarray, "M"], kept: Bool[ndarray, "slots"]) -> None:
-    """Marks the anchors of each object's best IoU, if that is above 0 and reaches the floor that `pairs` are complete to."""
+    """Marks the anchors of each object's best IoU, if that is above 0 and reaches the floor of complete pairs."""
     np.maximum.at(best, pairs.object, pairs.value)
     tied = (pairs.value == best[pairs.object]) & (pairs.value >= np.float32(floor)) & (pairs.value > 0)
     kept[pairs.slot[tied]] = True
@@ -93,6 +93,7 @@ def _keep_weak(
     claims: Claims,
     weak: Int[ndarray, "w"],
     objects: Int[ndarray, "m"],
+    negative: float,
     best: Float[ndarray, "M"],
     kept: Bool[ndarray, "slots"],
 ) -> None:
@@ -103,9 +104,9 @@ def _keep_weak(
     best[weak] = 0
     bound = np.maximum(nearest(scene, weak).astype(np.float64) * (1 - ROUNDING), np.finfo(np.float32).tiny)
     for pairs in visit(scene, weak, np.broadcast_to(bound, (len(scene.grids.level), len(weak)))):
-        _keep_ties(pairs, 0, best, kept)
+        _keep_ties(pairs, 0.0, best, kept)
         claims.enter(pairs, pairs.value > 0)
     slots = np.flatnonzero(kept)
-    slots = slots[claims.values(slots) < best[weak].max()]
+    slots = slots[claims.values(slots) < np.float32(negative)]
     for pairs in contest(scene, objects, slots, claims.values(slots)):
         claims.enter(pairs, pairs.value > 0)

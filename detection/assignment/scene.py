@@ -1,4 +1,4 @@
-"""A batch as assignment sees it: the anchor grids of all levels as small tables, the objects of all images as flat arrays.
+"""A batch as assignment sees it: the anchor grids of all levels as small tables, all images' objects as flat arrays.
 
 A *shape* is one of the anchors of a cell at one level; S counts the shapes of all levels. A *slot* numbers the anchors
 of the whole batch level by level: slot = N * (anchors of earlier levels) + n * A_l + a, so that a level is one block.
@@ -24,7 +24,7 @@ Assign = Callable[[Sequence[AnchorLevel], Sequence[Target], int], Matches]
 class Grids:
     """The anchors of all levels. A shape's anchors are `centre + (column, row) * stride`, all of one `extent`."""
 
-    boxes: tuple[Float[ndarray, "A_l 4"], ...]
+    boxes: tuple[Float[ndarray, "_A_l 4"], ...]
     """The levels' own anchors, float32: every IoU is computed from these."""
     level: Int[ndarray, "S"]
     member: Int[ndarray, "S"]
@@ -40,6 +40,11 @@ class Grids:
     """By how many pixels a float32 anchor may differ from the exact grid."""
     counts: Int[ndarray, "L"]
     """A_l."""
+
+    @property
+    def first_shape(self) -> Int[ndarray, "L"]:
+        """The first shape of each level."""
+        return np.searchsorted(self.level, np.arange(len(self.boxes)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +66,8 @@ class Scene:
     def level_start(self) -> Int[ndarray, "L"]:
         """The slot at which each level begins."""
         counts = self.grids.counts * self.num_images
-        return np.cumsum(counts) - counts
+        starts: ndarray = np.cumsum(counts) - counts
+        return starts
 
     @property
     def num_slots(self) -> int:

@@ -5,7 +5,7 @@ For one object and one anchor shape the overlap depends on the offset of the cen
 
     |dx| <= (w + v) / 2 - m / mh,        |dy| <= (heights' sum) / 2 - m / mw,
 
-a rectangle of cells. An IoU of t is an overlap of at least t / (1 + t) * (sum of the areas). The rectangles are computed
+a rectangle of cells. An IoU of t is an overlap of at least t / (1 + t) * (sum of the areas). The rectangles are found
 in float64 with the anchors' rounding error allowed for; the overlap itself is then computed in float32, operation by
 operation as the usual pairwise formula does, so that thresholds and ties fall as they do there.
 """
@@ -46,7 +46,8 @@ class Windows:
 
     @property
     def cells(self) -> Int[ndarray, "R"]:
-        return self.span[:, 0] * self.span[:, 1]
+        cells: ndarray = self.span.prod(axis=1)
+        return cells
 
     def select(self, rows: Bool[ndarray, "R"]) -> Windows:
         return Windows(self.shape[rows], self.object[rows], self.corner[rows], self.span[rows])
@@ -109,7 +110,7 @@ def find_windows(
     start = np.clip(np.ceil((offset - reach) / stride), 0, size).astype(np.int64)
     stop = np.clip(np.floor((offset + reach) / stride) + 1, 0, size).astype(np.int64)
     windows = Windows(shape, objects[column], start, stop - start)
-    return windows.select((windows.span > 0).all(axis=1))
+    return windows.select(windows.span.min(axis=1, initial=1) > 0)
 
 
 def visit_windows(scene: Scene, windows: Windows, measure: Measure) -> Iterator[Pairs]:
@@ -126,7 +127,8 @@ def visit_windows(scene: Scene, windows: Windows, measure: Measure) -> Iterator[
 
 def chunk_of(counts: Int[ndarray, "m"]) -> Int[ndarray, "m"]:
     """The chunk that each of several consecutive jobs falls in: below two chunks' pairs unless one job is larger."""
-    return (np.cumsum(counts) - counts) // PAIRS_AT_ONCE
+    chunk: ndarray = (np.cumsum(counts) - counts) // PAIRS_AT_ONCE
+    return chunk
 
 
 def _pairs_of(scene: Scene, windows: Windows, measure: Measure) -> Pairs:
@@ -150,7 +152,8 @@ def _pairs_of(scene: Scene, windows: Windows, measure: Measure) -> Pairs:
 def counting(lengths: Int[ndarray, "R"]) -> Int[ndarray, "T"]:
     """0, 1, .. length-1 for every length, joined."""
     starts = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    counts: ndarray = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return counts
 
 
 def gather(grids: Grids, anchor: Int[ndarray, "P"], per_level: Int[ndarray, "L"]) -> Float[ndarray, "P 4"]:
@@ -174,7 +177,8 @@ def overlap(
     shared = np.maximum(across, 0) * np.maximum(down, 0)
     area = (anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])
     whole = area if measure == "covered" else scene.area[objects] + area - shared
-    return np.divide(shared, whole, out=np.zeros_like(shared), where=shared > 0)
+    value: ndarray = np.divide(shared, whole, out=np.zeros_like(shared), where=shared > 0)
+    return value
 
 
 def nearest(scene: Scene, objects: Int[ndarray, "m"]) -> Float[ndarray, "m"]:
