@@ -76,6 +76,7 @@ def _log_scores(logits: Float[Tensor, "N A_l C"], config: DecodeConfig) -> tuple
 
 def _detect(levels: Sequence[Float[Tensor, "_ 6"]], frame: Frame, config: DecodeConfig) -> Detections:
     rows = torch.cat(list(levels)).cpu()
+    rows = rows[rows.isfinite().all(dim=1)]
     boxes, scores, labels = to_file_frame(rows[:, :4], frame), rows[:, 4], rows[:, 5].long()
     keep = classwise_nms(boxes, scores, labels, config.iou_threshold)[: config.max_detections]
     return Detections(frame.image_id, boxes[keep], scores[keep], labels[keep])

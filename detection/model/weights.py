@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from detection.types import DataError
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-WRAPPERS = ("model", "state_dict", "model_state_dict")
+WRAPPERS = ("ema", "model", "state_dict", "model_state_dict")
+"""Keys under which a checkpoint may hold the tensors; averaged weights come before the trained ones."""
 CLASS_OUTPUT = ("head.classes.output.weight", "head.classes.output.bias")
 BOX_BIAS = "head.boxes.output.bias"
 BATCH_COUNTER = "num_batches_tracked"
@@ -67,7 +70,7 @@ class LoadReport:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """The tensors of a .pth or .safetensors file by name, on the CPU, and the class names where the file has them.
 
-    Code in the file is never run. A state dict inside a checkpoint ("model", "state_dict") is found.
+    Code in the file is never run. A state dict inside a checkpoint is found.
     Errors: DataError for a file that is missing, truncated, not weights, or a pickle that asks for code.
     """
     if not path.is_file():
@@ -223,8 +226,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
+    _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise DataError(f"{path}: not plain weights; it may hold code, which is never run ({reason})") from None
@@ -233,6 +239,16 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
     return content
+
+
+def _refuse_compressed(path: Path) -> None:
+    """A small archive may unpack to more than the memory; torch itself never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise DataError(f"{path}: not a weights file (compressed; would unpack to {unpacked} bytes)")
 
 
 def _convert_name(name: str) -> str | None:
