@@ -52,12 +52,11 @@ def pack(values: Float[ndarray, "P"], objects: Int[ndarray, "P"]) -> Int[ndarray
 
 
 def covered_slots(scene: Scene, crowd_ioa: float) -> Int[ndarray, "C"]:
-    """The slots of anchors of which at least `crowd_ioa` lies in one crowd region; may repeat."""
-    regions = np.flatnonzero(scene.crowd)
-    found = [np.zeros(0, np.int64)]
-    for pairs in visit(scene, regions, crowd_ioa, "covered"):
-        found.append(np.unique(pairs.slot[pairs.value >= np.float32(crowd_ioa)]))
-    return np.concatenate(found)
+    """The slots of anchors of which at least `crowd_ioa` lies in one crowd region, ascending."""
+    covered = np.zeros(scene.num_slots, np.bool_)
+    for pairs in visit(scene, np.flatnonzero(scene.crowd), crowd_ioa, "covered"):
+        covered[pairs.slot[pairs.value >= np.float32(crowd_ioa)]] = True
+    return np.flatnonzero(covered)
 
 
 def settle(
@@ -76,14 +75,14 @@ def settle(
     labels[positives] = scene.labels[objects]
     gt_index[positives] = objects - scene.first[scene.image[objects]]
     start = scene.level_start
-    cuts = np.searchsorted(positives, start[1:]).tolist()
+    ends = np.searchsorted(positives, [*start[1:].tolist(), scene.num_slots]).tolist()
+    parts = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
     boxes = torch.from_numpy(scene.boxes[objects])
-    slots_of_level = np.split(positives, cuts)
     return Matches(
         labels=_by_level(scene, labels),
         gt_index=_by_level(scene, gt_index),
-        positives=tuple(torch.from_numpy(slots - first) for slots, first in zip(slots_of_level, start, strict=True)),
-        boxes=tuple(boxes.tensor_split(cuts)),
+        positives=tuple(torch.from_numpy(positives[part] - first) for part, first in zip(parts, start, strict=True)),
+        boxes=tuple(boxes[part] for part in parts),
         num_positive=torch.tensor(float(len(positives))),
     )
 
