@@ -60,9 +60,10 @@ def equal_count_edges(scores: Float[ndarray, "D"], bins: int) -> Float[ndarray, 
     """Edges half-way between the scores that part the sorted detections into `bins` equal counts; fewer with ties."""
     ordered = np.sort(scores)
     first = np.array([part[0] for part in np.array_split(np.arange(len(ordered)), bins)[1:]], np.int64)
-    edges = np.unique((ordered[first - 1] + ordered[first]) / 2)
-    below: ndarray = edges[edges < ordered[-1]]
-    return below
+    edges = (ordered[first - 1] + ordered[first]) / 2
+    below = np.searchsorted(ordered, edges, side="right")
+    filled: ndarray = edges[(np.diff(below, prepend=0) > 0) & (below < len(ordered))]
+    return filled
 
 
 def bin_means(

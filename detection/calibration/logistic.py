@@ -38,7 +38,7 @@ def fit_logistic(
 
 
 def element_cost(
-    logits: Float[ndarray, "*D"], targets: Float[ndarray, "*D"], objective: Objective
+    logits: Float[ndarray, "*D"], targets: Float[ndarray, "..."], objective: Objective
 ) -> tuple[Float[ndarray, "*D"], Float[ndarray, "*D"]]:
     """Each detection's cost and its derivative by the logit."""
     scores = expit(logits)

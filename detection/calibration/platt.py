@@ -16,6 +16,7 @@ from detection.config import Section
 
 STEEPEST = 20.0
 LARGEST_SHIFT = 20.0
+GRID_CHUNK = 1 << 14
 
 
 class PlattMap(ScoreMap):
@@ -57,6 +58,10 @@ def _best_on_grid(
 ) -> tuple[float, float]:
     """The first of the equally good grid points, slopes outermost."""
     slopes, shifts = np.linspace(0, 10, 100), np.linspace(-5, 5, 100)
-    costs = np.array([[weights @ element_cost(a * logits + b, targets, objective)[0] for b in shifts] for a in slopes])
+    costs = np.zeros((100, 100))
+    for rows in np.array_split(np.arange(len(logits)), len(logits) // GRID_CHUNK + 1):
+        for i, slope in enumerate(slopes):
+            values, _ = element_cost(slope * logits[rows] + shifts[:, None], targets[rows], objective)
+            costs[i] += values @ weights[rows]
     row, column = np.unravel_index(int(np.argmin(costs)), costs.shape)
     return float(slopes[row]), float(shifts[column])
