@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from detection.calibration.calibrator import (
     CalibrationConfig,
@@ -29,13 +28,17 @@ from detection.types import DataError, Detections
 
 K = 3
 PARITY = {"shrinkage": 0.0, "tie_break": 0.0}
-detections = st.integers(0, 40).flatmap(
-    lambda n: st.tuples(
-        hnp.arrays(np.float32, n, elements=st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.5, 1.0]))),
-        hnp.arrays(np.int64, n, elements=st.integers(0, K - 1)),
-        hnp.arrays(np.float64, n, elements=st.one_of(st.just(0.0), st.floats(0, 1))),
-    )
-)
+
+
+def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Up to 40 float32 scores full of ties, neighbours, zeros and ones; labels; targets that are often 0."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(0, 41))
+    sorts = np.stack([rng.random(n), 10 ** rng.uniform(-12, 0, n), rng.choice([0, 0.05, 0.5, 1], n)])
+    scores = sorts[rng.integers(3, size=n), np.arange(n)].astype(np.float32)
+    beside = rng.random(n) < 0.2
+    scores[beside] = np.nextafter(scores[rng.permutation(n)], np.float32(1))[beside]
+    return scores, rng.integers(0, K, n), np.where(rng.random(n) < 0.4, 0.0, rng.random(n))
 
 
 def sample(n: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -46,19 +49,19 @@ def sample(n: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 @pytest.mark.parametrize("kind", [m().kind for m in MAPS])
 @pytest.mark.parametrize("class_wise", [True, False])
-@settings(max_examples=25, deadline=None)
-@given(fitted_on=detections, applied_to=detections, shrinkage=st.sampled_from([0.0, 5.0]))
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32), shrinkage=st.sampled_from([0.0, 5.0]))
 def test_each_class_keeps_its_ranking_to_the_last_score(
-    kind: str, class_wise: bool, fitted_on: tuple, applied_to: tuple, shrinkage: float
+    kind: str, class_wise: bool, seed: int, shrinkage: float
 ) -> None:
     tree = {"map": {"kind": kind}, "class_wise": class_wise, "shrinkage": shrinkage}
-    calibrator = fit_calibrator(*fitted_on, K, CalibrationConfig.model_validate(tree))
-    raw, labels, _ = applied_to
+    calibrator = fit_calibrator(*drawn(seed), K, CalibrationConfig.model_validate(tree))
+    raw, labels, _ = drawn(seed + 1)
     scores = calibrator.apply(raw, labels)
     assert np.all((scores >= 0) & (scores <= 1))
     for k in range(K):
         mine = np.flatnonzero(labels == k)
-        mine = mine[raw[mine] > 1e-37]
+        mine = mine[(raw[mine] > 1e-37) | (raw[mine] == 0)]
         by_raw = np.argsort(-raw[mine], kind="stable")
         assert np.array_equal(by_raw, np.argsort(-scores[mine], kind="stable"))
 

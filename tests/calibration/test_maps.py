@@ -43,7 +43,7 @@ def sample(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("config", OPTIONS[:-1], ids=lambda c: "-".join(map(str, c.model_dump().values())))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=rows)
 def test_any_data_give_a_rising_map_into_the_unit_interval(config: MapConfig, data: tuple) -> None:
     fitted = config.fit(*data)
