@@ -248,4 +248,5 @@ if __name__ == "__main__":
     else:
         for folder, options in json.loads(sys.argv[1]).items():
             train(Path(folder), options)
+    distributed.barrier()  # no rank takes its connections down while another still uses them
     distributed.shut_down()
