@@ -10,6 +10,7 @@ from pydantic import Field
 from detection.config import Section
 from detection.losses.focal import SigmoidFocal
 from detection.ops.focal import Implementation, choose
+from detection.ops.focal_elements import FocalShape
 
 
 class BceConfig(Section):
@@ -23,4 +24,4 @@ class BceConfig(Section):
         self, num_classes: int, implementation: Implementation = "auto", device: torch.device | None = None
     ) -> SigmoidFocal:
         chosen = choose(implementation, device or torch.device("cpu"))
-        return SigmoidFocal(self.alpha, 0.0, self.smoothing, chosen)
+        return SigmoidFocal(FocalShape(self.alpha, 0.0, self.smoothing), chosen)

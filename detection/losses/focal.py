@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detection.config import Section
 from detection.ops.focal import Implementation, choose, focal_sum
+from detection.ops.focal_elements import FocalShape
 
 
 class FocalConfig(Section):
@@ -26,29 +27,19 @@ class FocalConfig(Section):
         self, num_classes: int, implementation: Implementation = "auto", device: torch.device | None = None
     ) -> SigmoidFocal:
         chosen = choose(implementation, device or torch.device("cpu"))
-        return SigmoidFocal(self.alpha, self.gamma, self.smoothing, chosen)
+        return SigmoidFocal(FocalShape(self.alpha, self.gamma, self.smoothing), chosen)
 
 
 class SigmoidFocal(nn.Module):
     """The focal loss with one gamma for all elements."""
 
-    def __init__(self, alpha: float, gamma: float, smoothing: float, implementation: Implementation) -> None:
+    def __init__(self, shape: FocalShape, implementation: Implementation) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.gamma = gamma
-        self.smoothing = smoothing
+        self.shape = shape
         self.implementation = implementation
 
     def forward(
         self, logits: Float[Tensor, "N A K"], labels: Integer[Tensor, "N A"], scale: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
         """The loss of one level summed over its elements, times `scale`; ignored anchors (label -1) add nothing."""
-        return focal_sum(
-            logits,
-            labels,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            smoothing=self.smoothing,
-            scale=scale,
-            implementation=self.implementation,
-        ).loss
+        return focal_sum(logits, labels, self.shape, scale=scale, implementation=self.implementation).loss

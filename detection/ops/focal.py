@@ -1,36 +1,26 @@
-"""The classification-loss element function of dense detectors: focal, inverse focal and cross entropy in one formula.
+"""The focal loss of one pyramid level, summed: one entry, and the choice of what computes it.
 
-Here: its definition in plain torch, the choice of implementation, and the one entry `focal_sum`.
-The fused versions, which write the gradient in the forward pass, live in `focal_cpu` and `focal_triton`.
+The element function is in `focal_elements`, the fused versions in `focal_cpu` and `focal_triton`. Those write the
+gradient while they read the logits; their backward only scales it, and they cannot be differentiated twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from detection.ops.focal_cpu import focal_cpu
+from detection.ops.focal_elements import FocalShape, GammaTable, focal_elements
+
 Implementation = Literal["auto", "reference", "cpu", "triton"]
 
-# exp(-gamma * softplus(s)) has underflowed long before, and gamma = 0 times it stays 0 where 0 * inf would not.
-_FAR = 1e4
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GammaTable:
-    """A signed gamma for each range of logits: `gamma[group, outcome, i]`, i = the number of edges <= the logit."""
-
-    gamma: Float[Tensor, "G 2 J"]
-    """float32. Outcome 0 = the element's class is not the anchor's, 1 = it is. Negative = inverse focal."""
-    edge_logit: Float[Tensor, "J-1"]
-    """float32, non-decreasing; duplicates and infinities are fine. A NaN logit falls in range 0."""
-
-    def to(self, device: torch.device) -> GammaTable:
-        return GammaTable(self.gamma.to(device), self.edge_logit.to(device))
+_SCHEMA = (
+    "(Tensor logits, Tensor labels, Tensor? table, Tensor? edges, Tensor? group, Tensor? scale, "
+    "float alpha, float gamma, float smoothing, bool with_gradient) -> (Tensor, Tensor, Tensor)"
+)
 
 
 class FocalSum(NamedTuple):
@@ -39,6 +29,7 @@ class FocalSum(NamedTuple):
     loss: Float[Tensor, ""]
     """float32 (float64 for float64 logits): summed over the elements of all anchors that are not ignored."""
     num_positive: Int[Tensor, ""]
+    """Anchors with a class of their own."""
     num_nonfinite: Int[Tensor, ""]
     """Elements whose loss is NaN or infinite."""
 
@@ -48,91 +39,157 @@ def choose(implementation: Implementation, device: torch.device) -> Implementati
 
     Errors: ValueError where the implementation cannot run on the device.
     """
-    fused: Implementation = "triton" if device.type == "cuda" else "cpu"
+    fused: Implementation = "reference"
+    if device.type in ("cpu", "cuda"):
+        fused = "triton" if device.type == "cuda" else "cpu"
     if implementation == "auto":
-        return fused if device.type in ("cpu", "cuda") else "reference"
-    if implementation != "reference" and (implementation != fused or device.type not in ("cpu", "cuda")):
+        return fused
+    if implementation not in ("reference", fused):
         raise ValueError(f"implementation {implementation!r} cannot run on {device.type!r}: use 'auto' or 'reference'")
     return implementation
-
-
-def element_gamma(
-    logits: Float[Tensor, "N A K"], positive: Tensor, table: GammaTable, group: Integer[Tensor, "N A"] | None
-) -> Float[Tensor, "N A K"]:
-    """The signed gamma of every element, looked up; a constant for autograd."""
-    flat = logits.detach().float()
-    index = torch.bucketize(flat, table.edge_logit, right=True)
-    index = index.masked_fill(flat.isnan(), 0)
-    row = torch.zeros_like(index) if group is None else group.long()[..., None].expand_as(index)
-    return table.gamma[row, positive.long(), index]
-
-
-def outcome_loss(signed: Tensor, gamma: Tensor | float) -> Tensor:
-    """-w log p_t of the signed logit s (z where the outcome is 1, -z where it is 0), p_t = sigmoid(s).
-
-    w = (1 - p_t)^gamma for gamma >= 0, and (1 + p_t)^-gamma for gamma < 0 (inverse focal).
-    Source: Lin et al. 2017, eq. 5; w is the exponential of -gamma softplus(s), finite in value and slope for gamma < 1.
-    """
-    log_p = F.logsigmoid(signed)
-    near = signed.clamp(-_FAR, _FAR)
-    log_q = F.logsigmoid(-near)
-    if isinstance(gamma, Tensor):
-        inverse = torch.exp(-gamma.clamp(max=0) * torch.log1p(torch.sigmoid(near)))
-        return -log_p * torch.exp(gamma.clamp(min=0) * log_q) * inverse
-    if gamma == 0:
-        return -log_p
-    if gamma > 0:
-        return -log_p * torch.exp(gamma * log_q)
-    return -log_p * torch.exp(-gamma * torch.log1p(torch.sigmoid(near)))
-
-
-def focal_elements(
-    logits: Float[Tensor, "N A K"],
-    labels: Integer[Tensor, "N A"],
-    *,
-    alpha: float,
-    gamma: float | GammaTable,
-    smoothing: float = 0.0,
-    group: Integer[Tensor, "N A"] | None = None,
-) -> Float[Tensor, "N A K"]:
-    """The loss of every element, differentiable any number of times; 0 for ignored anchors.
-
-    Labels: class of a positive anchor, K for a negative one, -1 for an ignored one. `alpha` weighs outcome 1 and
-    1 - alpha outcome 0; a negative alpha weighs neither. A positive's target is 1 - smoothing / 2; a negative's is 0.
-    """
-    classes = torch.arange(logits.shape[-1], device=logits.device)
-    positive = labels[..., None] == classes
-    ignored = (labels < 0)[..., None]
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    exact = exact.masked_fill(ignored, 0.0)
-    weight = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
-
-    def gamma_of(outcome: Tensor) -> Tensor | float:
-        if isinstance(gamma, GammaTable):
-            return element_gamma(logits, outcome, gamma, group).to(exact.dtype)
-        return gamma
-
-    signed = torch.where(positive, exact, -exact)
-    loss = outcome_loss(signed, gamma_of(positive)) * torch.where(positive, weight[0], weight[1]).to(exact.dtype)
-    if smoothing > 0:
-        other = weight[1] * outcome_loss(-exact, gamma_of(torch.zeros_like(positive)))
-        loss = torch.where(positive, (1 - smoothing / 2) * loss + smoothing / 2 * other, loss)
-    return loss.masked_fill(ignored, 0.0)
 
 
 def focal_sum(
     logits: Float[Tensor, "N A K"],
     labels: Integer[Tensor, "N A"],
+    shape: FocalShape,
     *,
-    alpha: float,
-    gamma: float | GammaTable,
-    smoothing: float = 0.0,
     group: Integer[Tensor, "N A"] | None = None,
     scale: Float[Tensor, ""] | None = None,
     implementation: Implementation = "reference",
+    in_place: bool = False,
 ) -> FocalSum:
-    """The summed loss of one level, times `scale`, with the numbers of positive anchors and non-finite elements."""
-    elements = focal_elements(logits, labels, alpha=alpha, gamma=gamma, smoothing=smoothing, group=group)
-    loss = elements.sum()
+    """The summed loss of one level, times `scale`, with the numbers of positive anchors and of non-finite elements.
+
+    Labels: class of a positive anchor, K for a negative one, -1 for an ignored one.
+    A fused implementation keeps the gradient in the logits' dtype; a `scale` given here (1 / normaliser, say) is in it
+    already, where a later factor costs another pass. `in_place` writes it over the logits: no extra memory, but their
+    values are gone, and neither torch.compile nor a second use of the logits is possible.
+    """
+    if implementation == "reference" or logits.dtype == torch.float64:
+        return _reference(logits, labels, shape, group, scale)
+    gamma, edges, scalar = _flatten(shape)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    arguments = (labels, gamma, edges, group, scale, shape.alpha, scalar, shape.smoothing)
+    if in_place and with_gradient:
+        loss, counts = _InPlace.apply(logits, *arguments)
+    else:
+        loss, _, counts = _fused(logits, *arguments, with_gradient)
+    return FocalSum(loss, counts[0], counts[1])
+
+
+def _reference(
+    logits: Tensor, labels: Tensor, shape: FocalShape, group: Tensor | None, scale: Tensor | None
+) -> FocalSum:
+    elements = focal_elements(logits, labels, shape, group)
+    loss = elements.sum() if scale is None else elements.sum() * scale
     positive = (labels >= 0) & (labels < logits.shape[-1])
-    return FocalSum(loss if scale is None else loss * scale, positive.sum(), (~elements.detach().isfinite()).sum())
+    return FocalSum(loss, positive.sum(), (~elements.detach().isfinite()).sum())
+
+
+def _flatten(shape: FocalShape) -> tuple[Tensor | None, Tensor | None, float]:
+    """(table, edges, scalar): custom operators take tensors and numbers, not our types."""
+    if isinstance(shape.gamma, GammaTable):
+        return shape.gamma.gamma, shape.gamma.edge_logit, 0.0
+    return None, None, shape.gamma
+
+
+def _compute(
+    logits: Tensor,
+    gradient: Tensor | None,
+    labels: Tensor,
+    table: Tensor | None,
+    edges: Tensor | None,
+    group: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss, counts); fills `gradient`. Dispatches on the logits' device."""
+    shape = FocalShape(alpha, gamma if table is None or edges is None else GammaTable(table, edges), smoothing)
+    if logits.device.type == "cuda":
+        from detection.ops.focal_triton import focal_triton  # heavy, and absent where there is no CUDA
+
+        return focal_triton(logits, labels, shape, group, scale, gradient)
+    loss, nonfinite = focal_cpu(logits, labels, shape, group, 1.0 if scale is None else scale.item(), gradient)
+    positive = int(((labels >= 0) & (labels < logits.shape[-1])).sum())
+    return torch.tensor(loss), torch.tensor([positive, nonfinite])
+
+
+@torch.library.custom_op("detection::focal", mutates_args=(), schema=_SCHEMA)
+def _fused(
+    logits: Tensor,
+    labels: Tensor,
+    table: Tensor | None,
+    edges: Tensor | None,
+    group: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = torch.empty_like(logits) if with_gradient else None
+    loss, counts = _compute(logits, gradient, labels, table, edges, group, scale, alpha, gamma, smoothing)
+    return loss, logits.new_empty(0) if gradient is None else gradient, counts
+
+
+@_fused.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    table: Tensor | None,
+    edges: Tensor | None,
+    group: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    gamma: float,
+    smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    return logits.new_empty((), dtype=torch.float32), gradient, logits.new_empty(2, dtype=torch.int64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradient(ctx: Any, loss_gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * 9
+    if loss_gradient is None:
+        return (None, *none)
+    (gradient,) = ctx.saved_tensors
+    return (_scaled(gradient, loss_gradient), *none)
+
+
+_fused.register_autograd(_scale_gradient, setup_context=_save)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gradient * factor
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused focal loss cannot be differentiated twice: build it with 'reference'")
+    if factor.device.type == "cpu" and factor.item() == 1:  # on a GPU, asking would wait for the device
+        return gradient
+    return gradient * factor
+
+
+class _InPlace(torch.autograd.Function):
+    """The fused loss with its gradient in the logits' memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        memory = logits.detach()
+        loss, counts = _compute(memory, memory, *arguments)
+        ctx.gradient = memory
+        ctx.mark_non_differentiable(counts)
+        return loss, counts
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (_scaled(ctx.gradient, loss_gradient), *(None,) * 8)
