@@ -94,12 +94,18 @@ def ece_equal_mass(
     if len(scores) == 0:
         return float("nan")
     check_scores(scores)
-    n = len(scores)
-    edges = np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(scores))
+    n, edges = len(scores), equal_mass_edges(scores, bins)
     keep = scores > edges[0] if drop_lowest else np.ones(n, bool)
     index = np.clip(np.searchsorted(edges, scores[keep], side="left") - 1, 0, bins - 1)
     table = _summarise(edges, index, scores[keep], targets[keep])
     return float(np.nansum(table.gap * table.count) / n)
+
+
+def equal_mass_edges(scores: Float[ndarray, "n"], bins: int) -> Float[ndarray, "B_1"]:
+    """bins + 1 edges with about equally many scores between them: sorted scores interpolated at ranks k n / bins."""
+    n = len(scores)
+    edges: Float[ndarray, "B_1"] = np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(scores))
+    return edges
 
 
 def class_errors(
@@ -165,8 +171,14 @@ def nll(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> float:
     check_scores(scores)
     if len(scores) == 0:
         return float("nan")
+    return float(np.mean(negative_log_likelihood(scores, targets)))
+
+
+def negative_log_likelihood(scores: Float[ndarray, "n"], targets: Float[ndarray, "n"]) -> Float[ndarray, "n"]:
+    """What each detection costs, in nats, scores clipped by `NLL_CLIP`."""
     p = np.clip(scores, NLL_CLIP, 1 - NLL_CLIP)
-    return float(-np.mean(targets * np.log(p) + (1 - targets) * np.log1p(-p)))
+    cost: Float[ndarray, "n"] = -(targets * np.log(p) + (1 - targets) * np.log1p(-p))
+    return cost
 
 
 def check_scores(scores: Float[ndarray, "n"]) -> None:

@@ -8,14 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from numpy import ndarray
 from pydantic import Field
 
-from detection.config import Section
+from detection.config import ConfigError, Section
+from detection.evaluation import bootstrap
 from detection.evaluation.average_precision import accumulate, class_ap, coco_metrics, voc_ap
-from detection.evaluation.calibration_error import BinRule, ReliabilityBins, brier, d_ece, ece_equal_mass, nll
+from detection.evaluation.bootstrap import BootstrapConfig, Difference, Interval
+from detection.evaluation.calibration_error import ReliabilityBins, brier_parts, class_mean
 from detection.evaluation.calibration_error import reliability as reliability_bins
+from detection.evaluation.calibration_metrics import (
+    CalibrationConfig,
+    Metric,
+    calibration_metrics,
+    covered_shares,
+    used_rows,
+)
+from detection.evaluation.lrp import Lrp, OptimalLrp, lrp_error, optimal_lrp
 from detection.evaluation.matching import COCO_CASES, Case, Matching, Outcome, match, outcome
 from detection.types import DataError, Detections, Records
 
@@ -25,18 +35,10 @@ class EvaluationConfig(Section):
 
     max_detections: int = Field(100, ge=1)
     """Best-scored detections that enter, an image and class (COCO's maxDets)."""
-    calibration_iou_threshold: float = Field(0.5, ge=0, le=1)
-    """IoU from which a detection is true, in every calibration number."""
-    calibration_score_threshold: float = Field(0.0, ge=0, le=1)
-    """Detections below this score are left out of calibration numbers; AP uses them all."""
-    calibration_bins: int = Field(10, ge=1, le=1000)
-    """Bins of equal width in D-ECE and the reliability diagram."""
-    equal_mass_bins: int = Field(15, ge=1, le=1000)
-    """Bins of equal count in ECE_EM."""
-    bin_rule: BinRule = "right_closed"
-    """Which end of a bin belongs to it: "right_closed", or "left_closed" as netcal has it."""
     display_score_threshold: float = Field(0.3, ge=0, le=1)
     """Detections from this score on are shown to a user; `precision` and `recall` are theirs."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,8 @@ class Evaluation:
     per_class: dict[str, list[float]]
     """Column name -> one value a class."""
     reliability: ReliabilityBins
+    intervals: dict[str, Interval]
+    """Bootstrap intervals of metrics; empty where no resamples were asked for."""
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values, NaN as null."""
@@ -64,11 +68,22 @@ class Evaluation:
         }
         return {
             "metrics": {name: _nullable(value) for name, value in self.metrics.items()},
+            "intervals": {name: [_nullable(i.low), _nullable(i.high)] for name, i in self.intervals.items()},
             "settings": self.settings,
             "classes": list(self.class_names),
             "per_class": {name: [_nullable(v) for v in column] for name, column in self.per_class.items()},
             "reliability": {name: [_nullable(v) for v in column.tolist()] for name, column in columns.items()},
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Matched:
+    """One matching with what every number reads from it."""
+
+    matching: Matching
+    calibration: dict[str, Metric]
+    pool: Outcome
+    localised: Outcome
 
 
 def evaluate(
@@ -77,31 +92,31 @@ def evaluate(
     config: EvaluationConfig | None = None,
     split: str = "",
 ) -> Evaluation:
-    """COCO's and VOC's AP, calibration errors, per-class tables and reliability bins of the detections.
+    """COCO's and VOC's AP, calibration errors, LRP, per-class tables and reliability bins of the detections.
 
     `split` only names the images in the settings. Images without an entry in `detections` have no detections.
     Errors: DataError for an unknown image id, a label outside the classes, or a score outside 0..1.
     """
     config = config or EvaluationConfig()
-    calibration_case = Case(config.calibration_iou_threshold)
-    cases = COCO_CASES if calibration_case in COCO_CASES else (*COCO_CASES, calibration_case)
-    matching = match(detections, records, cases, config.max_detections)
-    _require_probabilities(matching.detections.scores)
-    pool = outcome(matching, calibration_case)
-    used = ~pool.ignored & (matching.detections.scores >= config.calibration_score_threshold)
-    bins = reliability_bins(
-        matching.detections.scores[used],
-        pool.correct[used].astype(np.float64),
-        config.calibration_bins,
-        config.bin_rule,
-    )
+    matched = _match(detections, records, config)
+    matching, pool = matched.matching, matched.pool
+    used = used_rows(matching, pool, config.calibration)
+    scores, targets = matching.detections.scores[used], pool.correct[used].astype(np.float64)
+    rule = config.calibration.bin_rule
     table = accumulate(matching)
     voc, voc07 = voc_ap(matching), voc_ap(matching, eleven_points=True)
+    lrp, best = lrp_error(matching, matched.localised), optimal_lrp(matching, matched.localised)
+    parts = brier_parts(scores, targets, config.calibration.bins, rule)
     metrics = {
         **coco_metrics(table),
-        "ap50_voc": _nanmean(voc),
-        "ap50_voc07": _nanmean(voc07),
-        **_calibration(matching, pool, used, config),
+        "ap50_voc": class_mean(voc),
+        "ap50_voc07": class_mean(voc07),
+        **{name: metric.rows.value() for name, metric in matched.calibration.items()},
+        **covered_shares(matched.calibration, config.calibration),
+        "brier_reliability": parts.reliability,
+        "brier_resolution": parts.resolution,
+        "brier_uncertainty": parts.uncertainty,
+        **_lrp_means(lrp, best),
         **_display(matching, outcome(matching, Case(0.5)), config.display_score_threshold),
     }
     per_class = {
@@ -112,37 +127,86 @@ def evaluate(
         "ap75": class_ap(table, 0.75).tolist(),
         "ap50_voc": voc.tolist(),
         "ap50_voc07": voc07.tolist(),
-        "d_ece": _class_d_ece(matching, pool, used, config),
+        "d_ece": matched.calibration["d_ece_class"].rows.groups().tolist(),
+        "la_ece": matched.calibration["la_ece"].rows.groups().tolist(),
+        "lrp": lrp.lrp.tolist(),
+        "lrp_threshold": best.threshold.tolist(),
     }
-    return Evaluation(metrics, _settings(metrics, config, len(records), split), records.class_names, per_class, bins)
+    return Evaluation(
+        metrics=metrics,
+        settings=_settings(metrics, matched.calibration, config, len(records), split),
+        class_names=records.class_names,
+        per_class=per_class,
+        reliability=reliability_bins(scores, targets, config.calibration.bins, rule),
+        intervals=_intervals(matched, config.bootstrap),
+    )
+
+
+def compare(
+    first: Sequence[Detections],
+    second: Sequence[Detections],
+    records: Records,
+    config: EvaluationConfig,
+) -> dict[str, Difference]:
+    """For each resampled number, the second result minus the first, with a paired bootstrap interval over images.
+
+    Errors: ConfigError where the config asks for no resamples; DataError as in `evaluate`.
+    """
+    options = config.bootstrap
+    if options.resamples == 0:
+        raise ConfigError("bootstrap.resamples is 0; a comparison needs some (1000 is usual)")
+    drawn = [resampled(detections, records, config) for detections in (first, second)]
+    plain = EvaluationConfig(
+        max_detections=config.max_detections,
+        display_score_threshold=config.display_score_threshold,
+        calibration=config.calibration,
+    )
+    values = [evaluate(detections, records, plain).metrics for detections in (first, second)]
+    return {
+        name: bootstrap.difference(drawn[0][name], drawn[1][name], values[1][name] - values[0][name], options.level)
+        for name in drawn[0]
+    }
+
+
+def resampled(
+    detections: Sequence[Detections], records: Records, config: EvaluationConfig
+) -> dict[str, Float[ndarray, "B"]]:
+    """Every number in every resample of the images; the same seed draws the same images for any detections."""
+    matched = _match(detections, records, config)
+    return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap)
+
+
+def _match(detections: Sequence[Detections], records: Records, config: EvaluationConfig) -> _Matched:
+    cases = tuple(dict.fromkeys((*COCO_CASES, *config.calibration.cases())))
+    matching = match(detections, records, cases, config.max_detections)
+    _require_probabilities(matching.detections.scores)
+    return _Matched(
+        matching,
+        calibration_metrics(matching, records, config.calibration),
+        outcome(matching, config.calibration.case()),
+        outcome(matching, config.calibration.localisation_case()),
+    )
+
+
+def _intervals(matched: _Matched, config: BootstrapConfig) -> dict[str, Interval]:
+    drawn = bootstrap.samples(matched.matching, matched.calibration, matched.localised, config)
+    return {name: bootstrap.interval(values, config.level) for name, values in drawn.items()}
 
 
 def _require_probabilities(scores: ndarray) -> None:
-    wrong = (scores < 0) | (scores > 1)
+    wrong: Bool[ndarray, "D"] = (scores < 0) | (scores > 1)
     if wrong.any():
         raise DataError(f"detections: score {scores[wrong][0]} is not a probability; allowed: 0 to 1 (not logits)")
 
 
-def _calibration(
-    matching: Matching, pool: Outcome, used: Bool[ndarray, "D"], config: EvaluationConfig
-) -> dict[str, float]:
-    scores, targets = matching.detections.scores[used], pool.correct[used].astype(np.float64)
+def _lrp_means(lrp: Lrp, best: OptimalLrp) -> dict[str, float]:
     return {
-        "d_ece": d_ece(scores, targets, config.calibration_bins, config.bin_rule),
-        "ece_em": ece_equal_mass(scores, targets, config.equal_mass_bins),
-        "brier": brier(scores, targets),
-        "nll": nll(scores, targets),
+        "lrp": class_mean(lrp.lrp),
+        "lrp_loc": class_mean(lrp.localisation),
+        "lrp_fp": class_mean(lrp.false_positive),
+        "lrp_fn": class_mean(lrp.false_negative),
+        "olrp": class_mean(best.lrp),
     }
-
-
-def _class_d_ece(matching: Matching, pool: Outcome, used: Bool[ndarray, "D"], config: EvaluationConfig) -> list[float]:
-    values = []
-    for k in range(matching.num_classes):
-        rows = slice(matching.class_offsets[k], matching.class_offsets[k + 1])
-        scores = matching.detections.scores[rows][used[rows]]
-        targets = pool.correct[rows][used[rows]].astype(np.float64)
-        values.append(d_ece(scores, targets, config.calibration_bins, config.bin_rule))
-    return values
 
 
 def _display(matching: Matching, pool: Outcome, threshold: float) -> dict[str, float]:
@@ -156,33 +220,28 @@ def _display(matching: Matching, pool: Outcome, threshold: float) -> dict[str, f
     }
 
 
-def _settings(metrics: dict[str, float], config: EvaluationConfig, images: int, split: str) -> dict[str, str]:
-    where = f"{split} {images} images".strip()
-    limit = f"at most {config.max_detections} detections an image and class"
-    greedy = f"COCO greedy matching, IoU {config.calibration_iou_threshold:g}"
-    pooled = f"score >= {config.calibration_score_threshold:g}, pooled over classes, {limit}, {where}"
-    calibration = {
-        "d_ece": f"{greedy}, {config.calibration_bins} bins ({config.bin_rule}), {pooled}",
-        "ece_em": f"{greedy}, {config.equal_mass_bins} equal-mass bins, {pooled}",
-        "brier": f"{greedy}, {pooled}",
-        "nll": f"{greedy}, {pooled}",
-    }
-    shown = f"COCO greedy matching, IoU 0.5, score >= {config.display_score_threshold:g}, pooled over classes, {where}"
-    voc = f"VOC matching without the added pixel, IoU 0.5, mean over classes, {limit}, {where}"
-    special = {
-        **calibration,
+def _settings(
+    metrics: dict[str, float], calibration: dict[str, Metric], config: EvaluationConfig, images: int, split: str
+) -> dict[str, str]:
+    end = f"at most {config.max_detections} detections an image and class, {split} {images} images".replace(",  ", ", ")
+    options = config.calibration
+    overlap = f"{options.localisation_iou_threshold:g}{' (strict)' if options.strict_overlap else ''}"
+    lrp = f"COCO greedy matching, IoU {overlap}, mean over classes with objects"
+    shown = f"COCO greedy matching, IoU 0.5, score >= {config.display_score_threshold:g}, pooled over classes"
+    voc = "VOC matching without the added pixel, IoU 0.5, mean over classes"
+    texts = {name: metric.settings for name, metric in calibration.items()}
+    texts |= {f"{name}_covered": texts[name] for name in ("d_ece_position", "d_ece_size")}
+    texts |= {f"brier_{part}": texts["d_ece"] for part in ("reliability", "resolution", "uncertainty")}
+    texts |= dict.fromkeys(("lrp", "lrp_loc", "lrp_fp", "lrp_fn"), f"{lrp}, all detections given")
+    texts |= {
+        "olrp": f"{lrp}, best score threshold of each class",
         "precision": shown,
         "recall": shown,
         "ap50_voc": f"area under the monotone curve, {voc}",
         "ap50_voc07": f"11 points, {voc}",
     }
-    coco = f"COCO greedy matching, 101 points, {limit}, {where}"
-    return {name: special.get(name, coco) for name in metrics}
-
-
-def _nanmean(values: ndarray) -> float:
-    defined = values[~np.isnan(values)]
-    return float(np.mean(defined)) if len(defined) else math.nan
+    coco = "COCO greedy matching, 101 recall points"
+    return {name: f"{texts.get(name, coco)}, {end}" for name in metrics}
 
 
 def _nullable(value: float | int) -> float | int | None:

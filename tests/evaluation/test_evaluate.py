@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from detection.evaluation.calibration_metrics import CalibrationConfig
 from detection.evaluation.evaluate import EvaluationConfig, evaluate
 from detection.types import DataError, Detections
+
+
+def calibrated(**options) -> EvaluationConfig:
+    return EvaluationConfig(calibration=CalibrationConfig(**options))
 
 
 @pytest.mark.parametrize("split", ["main_val", "main_test", "edge"])
@@ -17,7 +22,7 @@ def test_oracle_d_ece_by_netcal(oracle, oracle_numbers, split, threshold):
     detections, records = oracle(split)
     expected = oracle_numbers("netcal_coco")[split][f"coco_minscore{threshold}"]
     for bins in (10, 15, 20):
-        config = EvaluationConfig(bin_rule="left_closed", calibration_bins=bins, calibration_score_threshold=threshold)
+        config = calibrated(bin_rule="left_closed", bins=bins, score_threshold=threshold)
         result = evaluate(detections, records, config)
         assert result.metrics["d_ece"] == pytest.approx(expected[f"DECE_conf_bins{bins}"], abs=1e-12)
         assert result.reliability.count.sum() == expected["n"]
@@ -31,7 +36,7 @@ def test_oracle_d_ece_by_netcal(oracle, oracle_numbers, split, threshold):
 def test_oracle_d_ece_with_right_closed_bins(oracle, oracle_numbers, bins):
     detections, records = oracle("main_test")
     expected = oracle_numbers("fiveai_eval")["main_test"][f"DECE_fiveai_tau0.5_bins{bins}"]
-    result = evaluate(detections, records, EvaluationConfig(calibration_bins=bins))
+    result = evaluate(detections, records, calibrated(bins=bins))
     assert result.metrics["d_ece"] == pytest.approx(expected["value"], abs=1e-12)
     weights = [math.nan if v is None else v for v in expected["bin_weights"]]
     np.testing.assert_allclose(result.reliability.count / result.reliability.count.sum(), weights, atol=1e-12)
@@ -42,14 +47,14 @@ def test_oracle_d_ece_with_right_closed_bins(oracle, oracle_numbers, bins):
 def test_calibration_threshold_of_its_own_does_not_touch_ap(scene):
     detections, records = scene(1)
     base = evaluate(detections, records)
-    other = evaluate(detections, records, EvaluationConfig(calibration_iou_threshold=0.85))
+    other = evaluate(detections, records, calibrated(iou_threshold=0.85))
     assert base.metrics["ap"] == other.metrics["ap"]
     assert base.metrics["d_ece"] != other.metrics["d_ece"]
 
 
 def test_settings_name_what_made_a_number(scene):
     detections, records = scene(1)
-    result = evaluate(detections, records, EvaluationConfig(calibration_score_threshold=0.3), split="test")
+    result = evaluate(detections, records, calibrated(score_threshold=0.3), split="test")
     assert result.settings.keys() == result.metrics.keys()
     assert result.settings["d_ece"] == (
         "COCO greedy matching, IoU 0.5, 10 bins (right_closed), score >= 0.3, pooled over classes, "

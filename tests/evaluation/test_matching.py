@@ -112,7 +112,7 @@ def test_a_crowd_takes_any_number_and_counts_none(scene):
     assert result.num_objects.tolist() == [0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), order=st.randoms(use_true_random=False))
 def test_order_of_images_and_of_detections_does_not_matter(scene_module, seed, order):
     detections, records = scene_module(seed, images=6)
