@@ -164,6 +164,8 @@ class AnchorLevel:
     """(y, x) input pixels per cell."""
     size: tuple[int, int]
     """(H_l, W_l) cells."""
+    on_host: AnchorLevel | None = None
+    """The same level in host memory where `boxes` is on another device: assignment reads it without waiting."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

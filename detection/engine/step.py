@@ -64,7 +64,8 @@ def batch_losses(parts: StepParts, batch: Batch) -> Losses:
     batch = batch.to(parts.device)
     with autocast(parts.device, parts.precision):
         predictions: Predictions = parts.model(batch.images)
-    matches = parts.assign(predictions.anchors, batch.targets, parts.num_classes).to(parts.device)
+    anchors = [level.on_host or level for level in predictions.anchors]
+    matches = parts.assign(anchors, batch.targets, parts.num_classes).to(parts.device)
     losses: Losses = parts.criterion(predictions, matches)
     return losses
 

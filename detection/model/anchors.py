@@ -99,4 +99,7 @@ def _grid(cell: Tensor, stride: tuple[int, int], grid: tuple[int, int], device: 
     rows, columns = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([columns, rows, columns, rows], dim=-1)
     boxes = (shifts[:, :, None, :] + cell).reshape(-1, 4)
-    return AnchorLevel(boxes.to(device), cell.to(device), stride, grid)
+    level = AnchorLevel(boxes, cell, stride, grid)
+    if device.type == "cpu":
+        return level
+    return AnchorLevel(boxes.to(device), cell.to(device), stride, grid, on_host=level)

@@ -75,3 +75,13 @@ def test_wrong_options_are_refused() -> None:
         parse(AnchorConfig, {"sizes": [64, 32]}, "test")
     with pytest.raises(ConfigError, match=r"ratios\.0"):
         parse(AnchorConfig, {"ratios": [0.0]}, "test")
+
+
+def test_levels_of_another_device_keep_a_copy_on_the_host() -> None:
+    here, there = (
+        anchor_levels(AnchorConfig(sizes=(32.0,)), (64, 64), [(8, 8)], torch.device(name)) for name in ("cpu", "meta")
+    )
+    assert here[0].on_host is None
+    assert there[0].boxes.device.type == "meta"
+    assert there[0].on_host is not None
+    assert torch.equal(there[0].on_host.boxes, here[0].boxes)
