@@ -46,7 +46,9 @@ def test_override_of_a_word_needs_no_quotes() -> None:
 
 
 def test_five_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    path = write(tmp_path, 'epoch = 3\nepochs = 0\nsizes = ["a"]\n[optim]\nkind = "sgd"\nmomentun = 0.5\nmomentum = 2\n')
+    path = write(
+        tmp_path, 'epoch = 3\nepochs = 0\nsizes = ["a"]\n[optim]\nkind = "sgd"\nmomentun = 0.5\nmomentum = 2\n'
+    )
     with pytest.raises(ConfigError) as caught:
         load(Root, path)
     lines = str(caught.value).splitlines()

@@ -42,7 +42,8 @@ def batch() -> tuple[Tensor, list[Target]]:
 
 
 def peer_losses(peer: Any, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
-    mean, std = (torch.tensor(c).double().view(1, 3, 1, 1) for c in (peer.transform.image_mean, peer.transform.image_std))
+    colours = (peer.transform.image_mean, peer.transform.image_std)
+    mean, std = (torch.tensor(c).double().view(1, 3, 1, 1) for c in colours)
     features = list(peer.backbone((images.double() / 255 - mean) / std).values())
     outputs = peer.head(features)
     # Its own anchors and matching, in float32 as its users have them.

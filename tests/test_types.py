@@ -11,7 +11,7 @@ def records() -> Records:
     return Records(
         class_names=("cat", "dog"),
         category_ids=(3, 7),
-        paths=np.array(["a.jpg".encode(), "straße/b.png".encode(), b"c.jpg"]),
+        paths=np.array([b"a.jpg", "straße/b.png".encode(), b"c.jpg"]),
         image_ids=np.array([5, 2, 9]),
         sizes=np.array([[10, 20], [30, 40], [50, 60]]),
         offsets=np.array([0, 2, 2, 3]),

@@ -1,0 +1,122 @@
+"""The main job through the tools, as a user runs it, on a few small images of the embedded data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detection.config import load
+from detection.experiment import Experiment, evaluate_run, train
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def tiny(folder: Path) -> list[str]:
+    """Overrides of the quickstart that make an epoch take a second."""
+    return [
+        f"data.source.folder={json.dumps(str(folder))}",
+        *("data.source.train=10", "data.source.calibration=4", "data.source.test=4", "data.source.ood=1"),
+        *("data.source.image_size=64", "data.source.max_size=40", "data.transform.size=64"),
+        *("data.batch_size=4", "data.loader.workers=0", "model.backbone.name=test_resnet", "model.pyramid.width=16"),
+        *("fit.epochs=2", "fit.evaluate_every=1", "fit.log_every=2", "fit.tensorboard=false", "device=cpu"),
+    ]
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(str(a) for a in arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    outcome = train(ROOT / "configs/quickstart.toml", tiny(digits), folder, resume=False)
+    assert outcome.test is not None
+    assert outcome.fit.step == 6
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_are_valid_and_open_with_their_command(path: Path) -> None:
+    load(Experiment, path)
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    for word in ("command:", "hardware:", "time:", "expected:"):
+        assert any(word in line for line in head), f"{path.name}: no {word}"
+
+
+def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
+    names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    expected = {"config.json", "journal.jsonl", "best.pt", "last.pt"}
+    assert expected | {"evaluation/test/metrics.json", "evaluation/test/detections.json"} <= names
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["event"] == "evaluation"] == ["evaluation"] * 2
+
+
+def test_evaluating_again_gives_the_same_numbers(run: Path, tmp_path: Path) -> None:
+    evaluate_run(run, None, [], tmp_path / "again")
+    for name in ("metrics.json", "detections.json"):
+        assert json.loads((tmp_path / "again" / name).read_text()) == json.loads(
+            (run / "evaluation/test" / name).read_text()
+        )
+
+
+def test_the_same_configuration_gives_the_same_weights(run: Path, digits: Path, tmp_path: Path) -> None:
+    train(ROOT / "configs/quickstart.toml", tiny(digits), tmp_path / "twin", resume=False)
+    first, second = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (run, tmp_path / "twin"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tools_print_tables(run: Path, tmp_path: Path) -> None:
+    done = run_tool("tools/eval.py", run, "--split", "calibration", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("ap50", "d_ece", "score bin", "10 bins", "calibration 4 images"):
+        assert word in done.stdout
+    assert json.loads((tmp_path / "metrics.json").read_text())["split"] == "calibration"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tools/train.py", "configs/none.toml"), "configs/none.toml: no such file"),
+        (("tools/train.py", "configs/quickstart.toml", "--set", "fit.epoch=3"), "did you mean 'epochs'"),
+        (("tools/train.py", "configs/quickstart.toml", "--set", "data.train=trian"), "known: train, calibration"),
+        (("tools/eval.py", "nowhere"), "nowhere: no such file"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_no_traceback(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    extra = ("--run", tmp_path / "run") if "train" in arguments[0] else ()
+    done = run_tool(*arguments, *extra)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_taken_run_folder_is_left_alone(run: Path, digits: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    sets = [word for text in tiny(digits) for word in ("--set", text)]
+    done = run_tool("tools/train.py", "configs/quickstart.toml", *sets, "--run", run)
+    assert done.returncode == 1
+    assert "already taken" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_describe_prints_every_section() -> None:
+    done = run_tool("tools/describe.py", "gamma")
+    assert done.returncode == 0, done.stderr
+    assert "criterion.classification[focal].gamma = 2.0" in done.stdout
