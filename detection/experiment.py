@@ -6,30 +6,35 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
 import torch
 from pydantic import Field
 
-from detection import distributed
+import detection.distributed as distributed
 from detection.assignment.max_iou import MaxIouConfig
 from detection.assignment.table import Assignment
+from detection.calibration.calibrator import CalibrationConfig, calibrate
+from detection.calibration.stored import StoredCalibrator
 from detection.config import ConfigError, Section, load, override
 from detection.data.dataset import DetectionDataset, ImageConfig
 from detection.data.loader import BatchLoader, LoaderConfig, build_loader
 from detection.data.sampler import BatchOrder, EvaluationOrder
 from detection.data.source import DigitsSource, Source
 from detection.data.transforms import TransformConfig
-from detection.engine.checkpoint import CheckpointError, find_checkpoint, load_evaluation_weights
+from detection.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_evaluation_weights
 from detection.engine.checkpoint import load as load_checkpoint
 from detection.engine.fit import Components, FitConfig, FitResult, fit
 from detection.engine.journal import check_run_folder
-from detection.engine.parallel import Precision, choose_device
+from detection.engine.parallel import choose_device
 from detection.engine.predict import predict
 from detection.engine.step import NonFiniteError
 from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
+from detection.evaluation.ood import OodConfig
 from detection.evaluation.results import write_results
 from detection.losses.criterion import CriterionConfig
 from detection.model.decode import decode
-from detection.model.retinanet import RetinaNet, RetinaNetConfig
+from detection.model.retinanet import RetinaNetConfig
 from detection.ops.focal import Implementation
 from detection.types import Batch, DataError, Detections, Records
 
@@ -87,6 +92,27 @@ class Experiment(Section):
     """Training."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured, and how."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """How scores are repaired after training (tools/calibrate.py)."""
+    ood: OodConfig = OodConfig()
+    """How an image's uncertainty is made of its detections'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One set of detections measured: with the scores as they came, and with calibrated ones."""
+
+    split: str
+    raw: Evaluation
+    calibrated: Evaluation | None = None
+    """None where there is no calibrator, or the raw scores were asked for."""
+    notes: tuple[str, ...] = ()
+    """What to know when reading the numbers."""
+
+    @property
+    def final(self) -> Evaluation:
+        """Of the scores that users see: the calibrated ones where there are any."""
+        return self.calibrated or self.raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +120,7 @@ class Outcome:
     """What a training run came to."""
 
     fit: FitResult
-    test: Evaluation | None
+    test: Report | None
     """Of the best checkpoint on the reported split; None where the run was interrupted or has no such split."""
 
 
@@ -136,21 +162,27 @@ def train(config: Path, overrides: Sequence[str], run: Path, resume: bool) -> Ou
         distributed.shut_down()
 
 
-def evaluate_run(place: Path, split: str | None, overrides: Sequence[str], out: Path | None) -> Evaluation:
+def evaluate_run(
+    place: Path, split: str | None, overrides: Sequence[str], out: Path | None, raw: bool = False
+) -> Report:
     """The evaluation of a run folder's best checkpoint, or of a checkpoint file, on a split of its data.
 
-    `overrides` change the configuration that the checkpoint carries. Results go to `out`, by default into the run
-    folder. Errors: one of `USER_ERRORS`.
+    A checkpoint's calibrator is applied unless `raw`. `overrides` change the configuration that the checkpoint carries.
+    Results go to `out`, by default into the run folder. Errors: one of `USER_ERRORS`.
     """
     path = find_checkpoint(place)
     experiment = override(Experiment, load_checkpoint(path).config, overrides, str(path))
     device = choose_device(experiment.device)
-    split = split or experiment.data.test or experiment.data.train
     distributed.initialise(device)
     try:
-        return _report(path, experiment, split, device, path.parent, out)
+        return _report(path, experiment, split or reported_split(experiment), device, path.parent, out, raw)
     finally:
         distributed.shut_down()
+
+
+def reported_split(experiment: Experiment) -> str:
+    """The split whose numbers are reported; the training split where a run has no other."""
+    return experiment.data.test or experiment.data.train
 
 
 def build(experiment: Experiment, device: torch.device) -> Components:
@@ -231,28 +263,97 @@ def _evaluator(
 
 
 def _report(
-    path: Path, experiment: Experiment, split: str, device: torch.device, run: Path, out: Path | None = None
-) -> Evaluation:
+    path: Path,
+    experiment: Experiment,
+    split: str,
+    device: torch.device,
+    run: Path,
+    out: Path | None = None,
+    raw: bool = False,
+) -> Report:
     """Evaluates a checkpoint on a split and writes metrics.json and detections.json."""
     checkpoint = load_checkpoint(path)
+    stored = None if raw else stored_calibrator(checkpoint, path)
     records = read_split(experiment, split)
+    check_classes(checkpoint, path, records, split)
+    found = detect_with(checkpoint, path, experiment, records, device)
+    report = None
+    if found is not None:
+        report, final = measure(found, records, stored, experiment.evaluation, split)
+        source = {"checkpoint": path.name, "step": checkpoint.step}
+        write_report(out or run / "evaluation" / split, report, final, records, stored, source)
+    report = distributed.broadcast_object(report)
+    assert report is not None
+    return report
+
+
+def detect_with(
+    checkpoint: Checkpoint, path: Path, experiment: Experiment, records: Records, device: torch.device
+) -> list[Detections] | None:
+    """The detections of a checkpoint's model, raw scores, in every image of `records`; None on ranks other than 0."""
+    model = _without_pretraining(experiment.model).build(len(checkpoint.class_names))
+    load_evaluation_weights(model, checkpoint, path)
+    return detect(experiment, model.to(device), records, device)
+
+
+def stored_calibrator(checkpoint: Checkpoint, path: Path) -> StoredCalibrator | None:
+    """The calibrator that a checkpoint carries. Errors: DataError where it is malformed or not for its classes."""
+    if not checkpoint.calibrators:
+        return None
+    stored = StoredCalibrator.from_state(checkpoint.calibrators, f"{path}: calibrators")
+    stored.check_classes(checkpoint.class_names, f"{path}: calibrators")
+    return stored
+
+
+def measure(
+    found: Sequence[Detections],
+    records: Records,
+    stored: StoredCalibrator | None,
+    config: EvaluationConfig,
+    split: str,
+) -> tuple[Report, Sequence[Detections]]:
+    """The report of raw detections, before and after a calibrator; and the detections with their final scores."""
+    raw = evaluate(found, records, config, split)
+    if stored is None:
+        return Report(split, raw), found
+    calibrated = [calibrate(d, stored.calibrator) for d in found]
+    origin = stored.fitted_on
+    notes = [f"calibrator: {origin.settings}; fitted on {origin.split}, {origin.images} images, {origin.matching}"]
+    if origin.split == split:
+        notes.append("the calibrator was fitted on these very images: the calibrated numbers are too good")
+    return Report(split, raw, evaluate(calibrated, records, config, split), tuple(notes)), calibrated
+
+
+def write_report(
+    folder: Path,
+    report: Report,
+    final: Sequence[Detections],
+    records: Records,
+    stored: StoredCalibrator | None,
+    source: dict[str, Any],
+) -> None:
+    """Writes metrics.json (both evaluations, their settings, the calibrator's origin) and detections.json."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder / DETECTIONS, final, records)
+        content = {
+            **source,
+            "split": report.split,
+            "detections": f"{DETECTIONS} holds {'raw' if report.calibrated is None else 'calibrated'} scores",
+            "notes": list(report.notes),
+            "calibrator": None if stored is None else stored.fitted_on.model_dump(mode="json"),
+            "raw": report.raw.as_json(),
+            "calibrated": None if report.calibrated is None else report.calibrated.as_json(),
+        }
+        (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{folder}: the results cannot be written ({error.strerror})") from None
+
+
+def check_classes(checkpoint: Checkpoint, path: Path, records: Records, split: str) -> None:
+    """Errors: DataError where the records' classes are not those of the checkpoint."""
     if records.class_names != checkpoint.class_names:
         raise DataError(f"split {split}: classes {records.class_names}; {path} was trained on {checkpoint.class_names}")
-    model = _without_pretraining(experiment.model).build(records.num_classes)
-    load_evaluation_weights(model, checkpoint, path)
-    model = model.to(device)
-    found = detect(experiment, model, records, device)
-    evaluation = None
-    if found is not None:
-        evaluation = evaluate(found, records, experiment.evaluation, split)
-        folder = out or run / "evaluation" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder / DETECTIONS, found, records)
-        content = {"checkpoint": path.name, "step": checkpoint.step, "split": split, **evaluation.as_json()}
-        (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    evaluation = distributed.broadcast_object(evaluation)
-    assert evaluation is not None
-    return evaluation
 
 
 def _without_pretraining(config: RetinaNetConfig) -> RetinaNetConfig:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from detection.experiment import USER_ERRORS, train
-from detection.report.tables import print_evaluation
+from detection.report.calibration_tables import print_report
 
 
 def main() -> int:
@@ -24,7 +24,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if outcome.test is not None:
-        print_evaluation(outcome.test, f"{run}: best checkpoint on the test split")
+        print_report(
+            outcome.test.raw, outcome.test.calibrated, f"{run}: best checkpoint on the test split", outcome.test.notes
+        )
     return 0
 
 

@@ -22,9 +22,11 @@ MAX_OUTSIDE = 0.01
 
 
 def read_coco(
-    annotations: Path, images: Path, classes: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
+    annotations: Path, images: Path | None, classes: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
 ) -> Records:
     """The records of a COCO annotation file whose images are in the folder `images`, in the file's order.
+
+    Without `images` no image is looked for: enough to evaluate detections, not to make any.
 
     Labels follow the order of the category ids, or that of `classes` where a subset is named. Images without objects
     are kept. Boxes over the edge are clipped; boxes without area are dropped; `notes` says how many and which.
@@ -32,12 +34,12 @@ def read_coco(
     """
     faults = Faults(str(annotations))
     columns = read_columns(annotations, faults, max_bytes)
-    if columns is not None:
+    if columns is not None and images is not None:
         check_files(images, columns.file_names, faults)
     faults.stop_if_any()
     assert columns is not None
     chosen = _choose(columns, classes, annotations)
-    return _assemble(columns, chosen, images, annotations)
+    return _assemble(columns, chosen, images or Path(), annotations)
 
 
 def choose_classes(known: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:

@@ -37,6 +37,9 @@ HARMLESS = (
 )
 """Last names of options that cannot change a result: a resumed run may differ in them."""
 
+AFTERWARDS = ("calibration", "ood")
+"""Sections that take part only once a run is trained: it may be resumed with others, or from before they existed."""
+
 MAX_LISTED = 8
 
 
@@ -221,4 +224,5 @@ def check_same_run(
 
 
 def _is_harmless(line: str) -> bool:
-    return line.split(":")[0].split(".")[-1] in HARMLESS
+    names = line.split(":")[0].split(".")
+    return names[0] in AFTERWARDS or names[-1] in HARMLESS

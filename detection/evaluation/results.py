@@ -6,12 +6,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
 
 from detection.types import DataError, Detections, Records
 
@@ -58,6 +60,27 @@ def read_results(path: Path, records: Records) -> list[Detections]:
         except DataError as error:
             raise DataError(f"{path}: detection {index}: {error}") from None
     return _by_image(records, np.array(images, np.int64), np.array(labels, np.int64), np.array(values).reshape(-1, 5))
+
+
+def rewrite_scores(
+    source: Path,
+    target: Path,
+    records: Records,
+    change: Callable[[Float[ndarray, "D"], Int[ndarray, "D"]], Float[ndarray, "D"]],
+) -> int:
+    """Writes the results file again with the scores change(scores, labels); returns how many detections it has.
+
+    The entries keep their order and all their other fields. Errors: DataError as in `read_results`.
+    """
+    read_results(source, records)
+    entries = _load(source)
+    label_of = {category: label for label, category in enumerate(records.category_ids)}
+    scores = np.array([entry["score"] for entry in entries], np.float64)
+    labels = np.array([label_of[entry["category_id"]] for entry in entries], np.int64)
+    changed = change(scores, labels).tolist()
+    rows = [{**entry, "score": score} for entry, score in zip(entries, changed, strict=True)]
+    _write_atomically(target, json.dumps(rows))
+    return len(rows)
 
 
 def ground_truth(records: Records) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from detection.evaluation.evaluate import Evaluation
 
 ACCURACY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ap50_voc")
-CALIBRATION = ("d_ece", "ece_em", "brier", "nll", "precision", "recall")
+CALIBRATION = ("d_ece", "la_ece", "la_ace", "ece_em", "brier", "nll", "olrp", "precision", "recall")
 MOST_CLASSES = 40
 
 
@@ -23,18 +24,18 @@ def print_evaluation(evaluation: Evaluation, title: str) -> None:
 
 def render(evaluation: Evaluation, title: str) -> Group:
     """Metrics, per-class table, reliability bins, and the settings behind the calibration numbers."""
-    parts = [
+    parts: list[RenderableType] = [
         Text(title, style="bold"),
         _side_by_side(evaluation),
         _per_class(evaluation),
         _reliability(evaluation),
-        Text("\n".join(_settings(evaluation)), style="dim"),
+        Text("\n".join(settings_lines(evaluation, (*ACCURACY, *CALIBRATION))), style="dim"),
     ]
     return Group(*parts)
 
 
 def _side_by_side(evaluation: Evaluation) -> Table:
-    table = _table("accuracy", "", "calibration", "")
+    table = new_table("accuracy", "", "calibration", "")
     rows = max(len(ACCURACY), len(CALIBRATION))
     for i in range(rows):
         cells: list[str] = []
@@ -47,7 +48,7 @@ def _side_by_side(evaluation: Evaluation) -> Table:
 
 def _per_class(evaluation: Evaluation) -> Table:
     columns = [name for name in evaluation.per_class if not name.endswith("voc07")]
-    table = _table("class", *columns)
+    table = new_table("class", *columns)
     for i, name in enumerate(evaluation.class_names[:MOST_CLASSES]):
         values = [(c, evaluation.per_class[c][i]) for c in columns]
         table.add_row(name, *(f"{v:.0f}" if c in ("objects", "detections") else number(v) for c, v in values))
@@ -58,7 +59,7 @@ def _per_class(evaluation: Evaluation) -> Table:
 
 def _reliability(evaluation: Evaluation) -> Table:
     bins = evaluation.reliability
-    table = _table("score bin", "detections", "mean score", "precision", "95 % interval")
+    table = new_table("score bin", "detections", "mean score", "precision", "95 % interval")
     for i, count in enumerate(bins.count.tolist()):
         span = f"{bins.edges[i]:.2f} - {bins.edges[i + 1]:.2f}"
         if count == 0:
@@ -69,13 +70,13 @@ def _reliability(evaluation: Evaluation) -> Table:
     return table
 
 
-def _settings(evaluation: Evaluation) -> list[str]:
+def settings_lines(evaluation: Evaluation, names: Sequence[str]) -> list[str]:
     """One line for each distinct setting, the metrics that share it in front."""
     by_setting: dict[str, list[str]] = {}
-    for name in (*ACCURACY, *CALIBRATION):
+    for name in names:
         if name in evaluation.settings:
             by_setting.setdefault(evaluation.settings[name], []).append(name)
-    return [f"{', '.join(names)}: {setting}" for setting, names in by_setting.items()]
+    return [f"{', '.join(sharing)}: {setting}" for setting, sharing in by_setting.items()]
 
 
 def number(value: float) -> str:
@@ -83,7 +84,8 @@ def number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
+    """An empty table with these columns, numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for name in others:
