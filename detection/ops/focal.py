@@ -163,13 +163,17 @@ def _scale_gradient(ctx: Any, loss_gradient: Tensor | None, *_: Tensor | None) -
     if loss_gradient is None:
         return (None, *none)
     (gradient,) = ctx.saved_tensors
-    return (_scaled(gradient, loss_gradient), *none)
+    return (scale_gradient(gradient, loss_gradient), *none)
 
 
 _fused.register_autograd(_scale_gradient, setup_context=_save)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The saved gradient times the upstream one; itself where that is 1 and asking costs nothing.
+
+    Errors: RuntimeError for a second derivative, which a saved gradient cannot give.
+    """
     if torch.compiler.is_compiling():
         return gradient * factor
     if torch.is_grad_enabled():
@@ -192,4 +196,4 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (_scaled(ctx.gradient, loss_gradient), *(None,) * 8)
+        return (scale_gradient(ctx.gradient, loss_gradient), *(None,) * 8)

@@ -119,13 +119,14 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     p, q = torch.sigmoid(signed), torch.sigmoid(-signed)
     log_p = F.logsigmoid(signed)
     p_log_p = p * log_p.clamp(min=-torch.finfo(signed.dtype).max)
-    near = signed.clamp(-_FAR, _FAR)
-    if not isinstance(gamma, Tensor):
-        gamma = signed.new_full((), gamma)
-    inverse = gamma < 0
-    power = torch.where(inverse, -gamma * torch.log1p(p), gamma * F.logsigmoid(-near))
-    w = torch.exp(power)
-    slope = torch.where(inverse, -q * (1 - gamma * p_log_p / (1 + p)), gamma * p_log_p - q)
+    if isinstance(gamma, Tensor):
+        inverse = gamma < 0
+        w = torch.where(inverse, torch.exp(-gamma * torch.log1p(p)), q.pow(gamma.clamp(min=0)))
+        slope = torch.where(inverse, -q * (1 - gamma * p_log_p / (1 + p)), gamma * p_log_p - q)
+    elif gamma >= 0:
+        w, slope = q.pow(gamma), gamma * p_log_p - q
+    else:
+        w, slope = (1 + p).pow(-gamma), -q * (1 - gamma * p_log_p / (1 + p))
     return -log_p * w, w * slope
 
 

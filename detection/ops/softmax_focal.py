@@ -1,0 +1,138 @@
+"""The softmax focal loss of one pyramid level with a background class: the last of K + 1 logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from detection.ops.focal import FocalSum, Implementation, scale_gradient
+
+_SCHEMA = (
+    "(Tensor logits, Tensor labels, Tensor? scale, float alpha, float gamma, bool with_gradient)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_BLOCK = 131_072
+
+
+def softmax_focal_rows(
+    logits: Float[Tensor, "*rows C"], labels: Integer[Tensor, "*rows"], alpha: float, gamma: float
+) -> Float[Tensor, "*rows"]:
+    """-(1 - p_y)^gamma log p_y of every anchor, differentiable any number of times; 0 where the label is negative.
+
+    `alpha` weighs anchors with an object and 1 - alpha background (label C - 1); a negative alpha weighs neither.
+    1 - p_y is the sum of the other probabilities, so that gamma < 1 has a finite gradient at p_y = 1.
+    Source: Lin et al. 2017, eq. 4, with a softmax.
+    """
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    ignored = labels < 0
+    exact = exact.masked_fill(ignored[..., None], 0.0)
+    own = labels.long().clamp(min=0)[..., None]
+    whole = exact.logsumexp(-1)
+    loss = whole - exact.gather(-1, own)[..., 0]
+    if gamma != 0:
+        others = exact.scatter(-1, own, -torch.inf).logsumexp(-1)
+        log_q = others - whole
+        # log p = log(1 - q) keeps its digits where q is small.
+        loss = torch.where(log_q < -0.7, -torch.log1p(-torch.exp(log_q.clamp(max=-0.7))), loss)
+        loss = loss * torch.exp(gamma * log_q)
+    if alpha >= 0:
+        loss = loss * torch.where(labels == logits.shape[-1] - 1, 1 - alpha, alpha).to(exact.dtype)
+    return loss.masked_fill(ignored, 0.0)
+
+
+def softmax_focal_sum(
+    logits: Float[Tensor, "N A C"],
+    labels: Integer[Tensor, "N A"],
+    *,
+    alpha: float,
+    gamma: float,
+    scale: Float[Tensor, ""] | None = None,
+    implementation: Implementation = "reference",
+) -> FocalSum:
+    """The summed loss of one level, times `scale`, with the numbers of positive anchors and of non-finite rows."""
+    if implementation == "reference" or logits.dtype == torch.float64:
+        rows = softmax_focal_rows(logits, labels, alpha, gamma)
+        loss = rows.sum() if scale is None else rows.sum() * scale
+        positive = (labels >= 0) & (labels < logits.shape[-1] - 1)
+        return FocalSum(loss, positive.sum(), (~rows.detach().isfinite()).sum())
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    loss, _, counts = _fused(logits, labels, scale, alpha, gamma, with_gradient)
+    return FocalSum(loss, counts[0], counts[1])
+
+
+@torch.library.custom_op("detection::softmax_focal", mutates_args=(), schema=_SCHEMA)
+def _fused(
+    logits: Tensor, labels: Tensor, scale: Tensor | None, alpha: float, gamma: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense = logits.contiguous()
+    gradient = torch.empty_like(dense) if with_gradient else None
+    if logits.device.type == "cuda":
+        from detection.ops.focal_triton import softmax_focal_triton  # heavy, and absent where there is no CUDA
+
+        loss, counts = softmax_focal_triton(dense, labels, alpha, gamma, scale, gradient)
+    else:
+        loss, counts = _on_cpu(dense, labels, alpha, gamma, 1.0 if scale is None else scale.item(), gradient)
+    return loss, logits.new_empty(0) if gradient is None else gradient, counts
+
+
+@_fused.register_fake
+def _(
+    logits: Tensor, labels: Tensor, scale: Tensor | None, alpha: float, gamma: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = logits.new_empty(logits.shape if with_gradient else 0)
+    return logits.new_empty((), dtype=torch.float32), gradient, logits.new_empty(2, dtype=torch.int64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx: Any, loss_gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (scale_gradient(ctx.saved_tensors[0], loss_gradient), None, None, None, None, None)
+
+
+_fused.register_autograd(_backward, setup_context=_save)
+
+
+def _on_cpu(
+    logits: Tensor, labels: Tensor, alpha: float, gamma: float, scale: float, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Blocks of rows in cache: the closed form, with one probability matrix a block as work space."""
+    classes = logits.shape[-1]
+    z, y = logits.flatten(0, 1), labels.flatten()
+    out = None if gradient is None else gradient.flatten(0, 1)
+    step = max(1, _BLOCK // max(classes, 1))
+    total, bad = 0.0, 0
+    for start in range(0, len(z), step):
+        piece = slice(start, start + step)
+        loss, rows = _block(z[piece].float(), y[piece], alpha, gamma)
+        total += loss.sum(dtype=torch.float64).item()
+        bad += int((~loss.isfinite()).sum())
+        if out is not None:
+            out[piece] = rows.mul_(scale)
+    positive = int(((y >= 0) & (y < classes - 1)).sum())
+    return torch.tensor(total * scale), torch.tensor([positive, bad])
+
+
+def _block(z: Tensor, labels: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of (rows, C) logits: dL/dz_j = (own_j - p_j) (1 - p)^gamma (gamma p log p / (1 - p) - 1)."""
+    ignored = labels < 0
+    own = labels.long().clamp(min=0)[:, None]
+    p = torch.softmax(z, -1)
+    log_p = z.gather(1, own)[:, 0] - z.logsumexp(-1)
+    others = p.scatter(1, own, 0.0).sum(-1)
+    log_p = torch.where(others < 0.5, torch.log1p(-others), log_p)
+    ratio = torch.where(others > 1e-30, log_p / others, -1.0)
+    w = others.pow(gamma)
+    weight = torch.ones_like(w)
+    if alpha >= 0:
+        weight = torch.where(labels == z.shape[-1] - 1, 1 - alpha, alpha).to(w.dtype)
+    weight = weight.masked_fill(ignored, 0.0)
+    loss = (-log_p * w * weight).masked_fill(ignored, 0.0)
+    coefficient = weight * w * (gamma * torch.exp(log_p) * ratio - 1)
+    gradient = p.scatter_(1, own, -others[:, None]).mul_(-coefficient[:, None])
+    return loss, gradient.masked_fill_(ignored[:, None], 0.0)
