@@ -14,6 +14,7 @@ from detection.evaluation.evaluate import Evaluation
 
 ACCURACY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100", "ap50_voc")
 CALIBRATION = ("d_ece", "la_ece", "la_ace", "ece_em", "brier", "nll", "olrp", "precision", "recall")
+PER_CLASS = ("objects", "detections", "ap", "ap50", "d_ece", "la_ece", "lrp")
 MOST_CLASSES = 40
 
 
@@ -47,7 +48,7 @@ def _side_by_side(evaluation: Evaluation) -> Table:
 
 
 def _per_class(evaluation: Evaluation) -> Table:
-    columns = [name for name in evaluation.per_class if not name.endswith("voc07")]
+    columns = [name for name in PER_CLASS if name in evaluation.per_class]
     table = new_table("class", *columns)
     for i, name in enumerate(evaluation.class_names[:MOST_CLASSES]):
         values = [(c, evaluation.per_class[c][i]) for c in columns]
