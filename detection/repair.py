@@ -270,12 +270,12 @@ def check_separate(experiment: Experiment, split: str, records: Records, cross_f
     uses = {experiment.data.train: "trained on"}
     if experiment.data.test is not None and not cross_fitting:
         uses.setdefault(experiment.data.test, "the one that is reported")
-    advice = "fit on a third split, or cross-fit (--cross-fit 5)" if not cross_fitting else "name another"
-    insist = "--allow-any-split does it all the same"
-    if split in uses:
-        raise ConfigError(f"split {split!r} is {uses[split]}: its scores are no fair sample; {advice}; {insist}")
     notes = []
     for other, use in uses.items():
+        advice = "fit on another split" + (", or cross-fit (--cross-fit 5)" if other != experiment.data.train else "")
+        advice += "; --allow-any-split does it all the same"
+        if split == other:
+            raise ConfigError(f"split {split!r} is {use}: its scores are no fair sample; {advice}")
         try:
             taken = _real_paths(read_split(experiment, other))
         except DataError as error:
@@ -285,7 +285,7 @@ def check_separate(experiment: Experiment, split: str, records: Records, cross_f
         if shared:
             raise ConfigError(
                 f"split {split!r} shares {len(shared)} of its {len(records)} images with {other!r}, which is {use} "
-                f"({shared[0]}, ...); {advice}; {insist}"
+                f"({shared[0]}, ...); {advice}"
             )
     return notes
 
