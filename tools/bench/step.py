@@ -24,7 +24,6 @@ from detection.model.retinanet import RetinaNet, RetinaNetConfig
 from detection.types import Batch, Frame, Target
 from tools.bench.harness import arguments, compare, report
 
-NUM_CLASSES = 3
 SIZES = (32, 64, 128, 256, 512)
 
 
@@ -39,38 +38,38 @@ class PyramidFeatures(nn.Module):
         return OrderedDict((str(i), level) for i, level in enumerate(self.pyramid(self.backbone(images))))
 
 
-def make_batch(count: int, height: int, width: int) -> Batch:
+def make_batch(count: int, height: int, width: int, classes: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
     targets = []
     for _ in range(count):
         corner = torch.rand(13, 2, generator=generator) * torch.tensor([width - 64.0, height - 64.0])
         boxes = torch.cat([corner, corner + 20 + 44 * torch.rand(13, 2, generator=generator)], dim=1)
-        labels = torch.randint(0, NUM_CLASSES, (13,), generator=generator)
+        labels = torch.randint(0, classes, (13,), generator=generator)
         targets.append(Target(boxes, labels, torch.zeros(13, dtype=torch.bool)))
     frames = tuple(Frame(i + 1, (height, width)) for i in range(count))
     return Batch(images.contiguous(memory_format=torch.channels_last), tuple(targets), frames)
 
 
-def our_step(config: RetinaNetConfig, batch: Batch, implementation: Any) -> Callable[[], float]:
+def our_step(config: RetinaNetConfig, batch: Batch, classes: int, implementation: Any) -> Callable[[], float]:
     torch.manual_seed(0)
-    model = config.build(NUM_CLASSES).train()
+    model = config.build(classes).train()
     device = torch.device("cpu")
-    criterion = CriterionConfig().build(NUM_CLASSES, implementation, device)
+    criterion = CriterionConfig().build(classes, implementation, device)
     optimiser = build_optimiser(model, 1e-4, OptimConfig(kind="sgd"))
-    parts = StepParts(model, MaxIouConfig().build(), criterion, optimiser, NUM_CLASSES, device, "float32", 10.0)
+    parts = StepParts(model, MaxIouConfig().build(), criterion, optimiser, classes, device, "float32", 10.0)
     return lambda: float(optimisation_step(parts, [batch])[0])
 
 
-def torchvision_step(config: RetinaNetConfig, batch: Batch) -> Callable[[], float]:
+def torchvision_step(config: RetinaNetConfig, batch: Batch, classes: int) -> Callable[[], float]:
     torch.manual_seed(0)
-    features = PyramidFeatures(config.build(NUM_CLASSES), config.pyramid.width)
+    features = PyramidFeatures(config.build(classes), config.pyramid.width)
     features = features.to(memory_format=torch.contiguous_format)
     scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in SIZES)
     height, width = batch.images.shape[-2:]
     model = TorchvisionRetinaNet(
         features,
-        NUM_CLASSES,
+        classes,
         min_size=height,
         max_size=width,
         anchor_generator=AnchorGenerator(scales, ((0.5, 1.0, 2.0),) * len(SIZES)),
@@ -94,6 +93,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--width", type=int, default=96, help="channels of pyramid and head")
+    parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--size", type=int, default=320, help="image width")
@@ -105,11 +105,11 @@ def main() -> None:
             "anchors": {"rounding": True},
         }
     )
-    batch = make_batch(options.batch, options.height, options.size)
+    batch = make_batch(options.batch, options.height, options.size, options.classes)
     candidates = {
-        "torchvision": torchvision_step(config, batch),
-        "ours": our_step(config, batch, "auto"),
-        "ours, reference loss": our_step(config, batch, "reference"),
+        "torchvision": torchvision_step(config, batch, options.classes),
+        "ours": our_step(config, batch, options.classes, "auto"),
+        "ours, reference loss": our_step(config, batch, options.classes, "reference"),
     }
 
     def check(name: str, loss: object) -> None:
@@ -117,7 +117,7 @@ def main() -> None:
         assert 0 < loss < 100, f"{name}: loss {loss}"
 
     rows = compare(candidates, "torchvision", repeats=options.repeats, warm_up=2, check=check)
-    setting = {"backbone": options.backbone, "width": options.width, "batch": options.batch}
+    setting = {k: getattr(options, k) for k in ("backbone", "width", "classes", "batch")}
     size = f"{options.height}x{options.size}"
     report("step", [{**row, **setting, "size": size} for row in rows], options.out)
 
