@@ -125,11 +125,11 @@ def calibrate_files(
     records = read_coco(ground_truth, None)
     found = read_results(detections, records)
     if folds is not None:
-        repair, calibrated = cross_fit_scores(found, records, experiment, ground_truth.name, folds)
+        repair, calibrated = cross_fit_scores(found, records, experiment, _name(ground_truth), folds)
         if out is not None:
             write_results(out, calibrated, records)
         return repair
-    repair, stored = repair_scores(found, records, experiment, ground_truth.name)
+    repair, stored = repair_scores(found, records, experiment, _name(ground_truth))
     if out is None:
         return repair
     write_atomically(out, (json.dumps(stored.state(), indent=1) + "\n").encode())
@@ -156,7 +156,7 @@ def evaluate_files(
     if stored is not None:
         stored.check_classes(records.class_names, str(calibrator))
     found = read_results(detections, records)
-    report, final = measure(found, records, stored, experiment.evaluation, ground_truth.name)
+    report, final = measure(found, records, stored, experiment.evaluation, _name(ground_truth))
     if out is not None:
         source = {"ground_truth": str(ground_truth), "results": str(detections)}
         write_report(out, report, final, records, stored, source)
@@ -373,6 +373,11 @@ def _thresholds(
 def _matching_text(config: CalibrationConfig, evaluation: EvaluationConfig) -> str:
     limit = f"at most {evaluation.max_detections} detections an image and class"
     return f"COCO greedy matching, IoU {config.iou_threshold:g}, {limit}"
+
+
+def _name(ground_truth: Path) -> str:
+    """The annotation file with its folder: many data sets name the files of all splits alike."""
+    return "/".join(ground_truth.resolve().parts[-2:])
 
 
 def _joined(parts: Sequence[torch.Tensor], dtype: np.dtype[np.generic]) -> ndarray:

@@ -243,6 +243,11 @@ def test_files_of_any_detector_are_evaluated_calibrated_and_rewritten(files: tup
     assert direct.calibrated.metrics == pytest.approx(after.raw.metrics, nan_ok=True, abs=0)
     old, new = json.loads(results.read_text()), json.loads(rewritten.read_text())
     assert [{**row, "score": 0} for row in old] == [{**row, "score": 0} for row in new]
+    assert any("too good" in note for note in direct.notes)
+    other = tmp_path / "other" / truth.name
+    other.parent.mkdir()
+    other.write_bytes(truth.read_bytes())
+    assert not any("too good" in note for note in evaluate_files(other, results, [], None, calibrator).notes)
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert content["calibrated"] is None
     assert content["ground_truth"] == str(truth)
