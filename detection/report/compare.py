@@ -14,6 +14,7 @@ import numpy as np
 from detection.config import difference
 from detection.engine.checkpoint import HARMLESS
 from detection.evaluation.average_precision import RECALLS
+from detection.evaluation.bootstrap import Difference
 from detection.evaluation.evaluate import compare
 from detection.report import html, svg
 from detection.report.figures import UNIT, UNIT_TICKS, curve_figure
@@ -59,7 +60,9 @@ def comparison(runs: Sequence[Measured]) -> list[str]:
     differing = difference_table(groups)
     if differing.rows:
         parts.append(html.fold("What the configurations differ in", [html.table(differing)]))
-    parts += [html.table(table) for table in paired_tables(runs)]
+    paired = [html.table(table) for table in paired_tables(runs)]
+    if paired:
+        parts.append(html.fold(f"Differences from {runs[0].run.name} with intervals", paired, is_open=len(paired) == 1))
     parts.append(html.gallery([html.figure(figure) for figure in overlay_figures(runs)]))
     return parts
 
@@ -121,9 +124,9 @@ def paired_tables(runs: Sequence[Measured]) -> list[Table]:
             continue
         found = compare(first.run.detections, other.run.detections, first.run.records, first.options)
         rows = tuple(
-            (name, d.value, f"{d.low:+.4f} to {d.high:+.4f}", f"{d.share_above * 100:.1f} %")
-            for name, d in found.items()
-            if name in (*HIGHER, *LOWER) and not math.isnan(d.value)
+            (name, f"{found[name].value:+.4f}", _interval(found[name]), f"{found[name].share_above * 100:.1f} %")
+            for name in (*HIGHER, *LOWER)
+            if name in found and not math.isnan(found[name].value)
         )
         level = first.options.bootstrap.level * 100
         tables.append(
@@ -139,6 +142,10 @@ def paired_tables(runs: Sequence[Measured]) -> list[Table]:
             )
         )
     return tables
+
+
+def _interval(gap: Difference) -> str:
+    return f"{gap.low:+.4f} to {gap.high:+.4f}"
 
 
 def overlay_figures(runs: Sequence[Measured]) -> list[Figure]:

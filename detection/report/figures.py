@@ -73,8 +73,8 @@ def reliability(bins: ReliabilityBins, title: str) -> Figure:
             continue
         mean, low, high = (float(column[i]) for column in (bins.mean_target, bins.low, bins.high))
         parts.append(svg.bar(left, y(mean), right - left, y.start - y(mean), "soft s1"))
-        parts.append(svg.whisker((left + right) / 2, y(low), y(high)))
-        parts.append(svg.dot(x(float(bins.mean_score[i])), y(mean), "fill s1"))
+        at = x(float(bins.mean_score[i]))
+        parts += [svg.whisker(at, y(low), y(high)), svg.dot(at, y(mean), "fill s1")]
         parts.append(svg.bar(left, c(count), right - left, c.start - c(count), "fill s1"))
     parts.append(svg.line((x(0), y(0)), (x(1), y(1)), "ideal"))
     error = bins.expected_error()
@@ -82,7 +82,7 @@ def reliability(bins: ReliabilityBins, title: str) -> Figure:
     return Figure(
         title=title,
         picture=svg.picture(parts, f"{title}. D-ECE {error:.4f}. By score: {said}.", height),
-        caption="Bars: precision of the detections in a score bin; lines: its 95 % Wilson interval; dots: at the mean "
+        caption="Bars: precision of the detections in a score bin; lines: its 95 % Wilson interval, drawn at the mean "
         "score. On the dashed diagonal scores can be read as probabilities; bars below it promise too much. "
         f"Below: detections in each bin (logarithmic). D-ECE {error:.4f}.",
         table=Table(("score", "detections", "mean score", "precision", "95 % interval"), tuple(rows), "Reliability"),

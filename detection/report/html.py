@@ -15,7 +15,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """No scripts, no network: whatever a name in the data contains, the browser runs and fetches nothing."""
 
 SHORT = 24
-"""A row's name of at most so many characters stays on one line."""
+"""A row's name of at most so many characters stays on one line,"""
+SENTENCE = 64
+"""and so does another cell of at most so many: where the screen is narrow the table scrolls instead of growing tall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def figure(data: Figure) -> str:
     legend = f'<ul class="legend">{keys}</ul>' if keys else ""
     numbers = "" if data.table is None else fold("The numbers", [table(data.table)])
     return (
-        f"<figure><h4>{escape(data.title)}</h4>{data.picture}{legend}"
+        f'<figure><p class="title">{escape(data.title)}</p>{data.picture}{legend}'
         f"<figcaption>{escape(data.caption)}</figcaption>{numbers}</figure>"
     )
 
@@ -136,7 +138,10 @@ def _row(cells: tuple[Cell, ...]) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    kind = ' class="n"' if not isinstance(cell, str) or _is_numeric(cell) else ""
+    if not isinstance(cell, str) or _is_numeric(cell):
+        kind = ' class="n"'
+    else:
+        kind = ' class="short"' if len(cell) <= SENTENCE else ' class="long"'
     return f"<td{kind}>{escape(show(cell))}</td>"
 
 

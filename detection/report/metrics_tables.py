@@ -135,10 +135,10 @@ def mistake_kinds_table(measured: Measured, score_threshold: float, missed: int)
         "nothing there": "no object near",
     }
     rows: list[tuple[Cell, ...]] = [
-        (kind, meaning[kind], count) for kind, count in count_kinds(measured, score_threshold).items()
+        (kind, count, meaning[kind]) for kind, count in count_kinds(measured, score_threshold).items()
     ]
-    rows.append(("missed", "objects that no detection found", missed))
-    return Table(("kind", "", "count"), tuple(rows), f"Mistakes at a score of at least {score_threshold:g}")
+    rows.append(("missed", missed, "objects that no detection found"))
+    return Table(("kind", "count", "meaning"), tuple(rows), f"Mistakes at a score of at least {score_threshold:g}")
 
 
 def confusions_table(measured: Measured, counts: Int[ndarray, "K_1 K_1"], score_threshold: float) -> Table:

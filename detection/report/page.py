@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -29,6 +29,11 @@ TILES = (
     ("la_ece", "LaECE"),
     ("precision", "precision shown"),
     ("recall", "recall shown"),
+)
+
+TARGET_REMARK = (
+    "The pictures take a detection for true from IoU {:g} on. Where the calibrator's target is the IoU (see the notes), "
+    "scores are made to say how well the box fits instead, which LaECE and LaACE measure; they then lie below precision."
 )
 
 
@@ -55,7 +60,7 @@ def write_report(
 def report(runs: Sequence[tuple[RunResults, EvaluationConfig]], choices: Choices) -> str:
     """The page's HTML."""
     measured = []
-    for run, options in runs:
+    for run, options in _distinct(runs):
         boot = options.bootstrap.model_copy(update={"resamples": choices.resamples})
         measured.append(measure(run, options.model_copy(update={"bootstrap": boot})))
     if len(measured) == 1:
@@ -91,6 +96,15 @@ def run_parts(measured: Measured, key: str, choices: Choices) -> list[tuple[str,
     return [(f"{key}-{name}", title, content) for name, title, content in parts if content]
 
 
+def _distinct(runs: Sequence[tuple[RunResults, EvaluationConfig]]) -> list[tuple[RunResults, EvaluationConfig]]:
+    """The runs under names that tell them apart."""
+    names = [run.name for run, _ in runs]
+    return [
+        (replace(run, name=f"{run.name} ({i + 1})") if names.count(run.name) > 1 else run, options)
+        for i, (run, options) in enumerate(runs)
+    ]
+
+
 def _contents(parts: Sequence[tuple[str, str, list[str]]]) -> str:
     return html.links([(key, title) for key, title, _ in parts])
 
@@ -113,7 +127,11 @@ def _summary(measured: Measured) -> list[str]:
         note = f"<small>{interval.low:.3f} to {interval.high:.3f}</small>" if interval is not None and known else ""
         tiles.append(f"<div><dt>{title}</dt><dd>{html.show(evaluation.metrics[name])}{note}</dd></div>")
     notes = [*run.notes, *records.notes]
-    listed = [html.fold("Notes", [html.paragraph(note, "muted") for note in notes])] if notes else []
+    listed = (
+        [html.fold("Notes", [html.paragraph(note, "muted") for note in notes], is_open=len(notes) <= 5)]
+        if notes
+        else []
+    )
     return [html.paragraph(intro), f'<dl class="tiles">{"".join(tiles)}</dl>', *listed]
 
 
@@ -124,13 +142,15 @@ def _accuracy(measured: Measured) -> list[str]:
 
 
 def _calibration(measured: Measured) -> list[str]:
-    table = metrics_tables.metrics_table(measured, metrics_tables.CALIBRATION, "Lower is better")
+    table = metrics_tables.metrics_table(measured, metrics_tables.CALIBRATION, "Errors of the scores: lower is better")
     bins, before = measured.evaluation.reliability, measured.run.before_bins
+    remark: list[str] = []
     drawn = [figures.reliability(bins, "Reliability" if before is None else "Reliability, calibrated scores")]
     if before is not None:
         drawn.insert(0, figures.reliability(before, "Reliability, raw scores"))
+        remark.append(html.paragraph(TARGET_REMARK.format(measured.pool.case.iou_threshold), "muted"))
     drawn += [figures.size_figure(measured), figures.place_figure(measured)]
-    return [html.table(table), html.gallery([html.figure(figure) for figure in drawn])]
+    return [html.table(table), *remark, html.gallery([html.figure(figure) for figure in drawn])]
 
 
 def _confusion(measured: Measured, counts: np.ndarray, shown: float) -> list[str]:
@@ -147,7 +167,7 @@ def _mistakes(measured: Measured, missed: int, most: int) -> list[str]:
     if not worst:
         return [*parts, html.paragraph("There is no false detection.")]
     names = measured.run.records.class_names
-    parts.append(f"<h3>The {len(worst)} most confident false detections</h3>")
+    parts.append(html.paragraph(f"The {len(worst)} most confident false detections", "title"))
     parts.append(html.paragraph("Solid orange: the detection. Dashed blue: annotated objects.", "muted"))
     return [*parts, html.gallery([_mistake(mistake, names) for mistake in worst])]
 
@@ -162,7 +182,7 @@ def _mistake(mistake: Mistake, names: Sequence[str]) -> str:
     picture = crop(mistake, f"{said}. {place}.")
     if picture is None:
         picture = f'<div class="missing">The image file cannot be read: {escape(mistake.record.path)}</div>'
-    return f"<figure><h4>{escape(said)}</h4>{picture}<figcaption>{escape(place)}</figcaption></figure>"
+    return f'<figure><p class="title">{escape(said)}</p>{picture}<figcaption>{escape(place)}</figcaption></figure>'
 
 
 def _unfamiliar(measured: Measured) -> list[str]:

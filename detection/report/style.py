@@ -26,7 +26,7 @@ main{max-width:1180px;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;line-height:1.2;margin:.2rem 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:2rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line);overflow-wrap:anywhere}
 h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
-h4{font-size:.95rem;margin:0 0 .3rem;overflow-wrap:anywhere}
+.title{font-size:.95rem;font-weight:600;margin:.2rem 0 .3rem}
 p{margin:.4rem 0;max-width:75ch;overflow-wrap:anywhere}
 a{color:var(--link)}
 .muted{color:var(--muted);font-size:.9rem}
@@ -40,7 +40,8 @@ th,td{padding:.28rem .6rem;text-align:left;border-bottom:1px solid var(--line);v
 th:first-child,td:first-child{padding-left:.2rem}
 thead th{color:var(--muted);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:500;max-width:22rem;overflow-wrap:anywhere}
-tbody th.short{white-space:nowrap}
+.short{white-space:nowrap}
+.long{min-width:16rem;overflow-wrap:anywhere}
 td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 .settings{font-size:.8rem;color:var(--muted);margin:.2rem 0 .8rem;padding-left:1.1rem;max-width:95ch}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.6rem;margin:.8rem 0;padding:0}

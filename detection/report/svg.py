@@ -133,7 +133,7 @@ def short(value: Number) -> str:
 def ticks(low: Number, high: Number, count: int = 5) -> list[float]:
     """About `count` round values from low to high."""
     if not high > low:
-        return [low]
+        return [float(low)]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
