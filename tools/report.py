@@ -25,11 +25,10 @@ def main() -> int:
     runs = []
     try:
         for folder in options.runs:
-            config = read_config(folder)
-            experiment = override(Experiment, config, options.set, str(folder))
+            experiment = override(Experiment, read_config(folder), options.set, str(folder))
             split = options.split or reported_split(experiment)
             records = read_split(experiment, split)
-            runs.append((read_run(folder, split, records, config), experiment.evaluation))
+            runs.append((read_run(folder, split, records, experiment.model_dump(mode="json")), experiment.evaluation))
         write_report(runs, options.out, Choices(options.resamples, options.precision, options.mistakes))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ MOST_DIFFERENCES = 40
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Runs whose configurations differ only in the seed."""
+    """Runs whose configurations differ only in the seed, all of them with raw or all with calibrated scores."""
 
     name: str
     runs: tuple[Measured, ...]
@@ -39,12 +39,14 @@ def group_by_config(runs: Sequence[Measured]) -> list[Group]:
     keyed: dict[str, list[Measured]] = {}
     for i, measured in enumerate(runs):
         config = measured.run.config
-        key = json.dumps([_without_seed(config), measured.run.split], sort_keys=True) if config else f"run {i}"
+        settings = [_without_seed(config), measured.run.split, measured.run.before is None]
+        key = json.dumps(settings, sort_keys=True) if config else f"run {i}"
         keyed.setdefault(key, []).append(measured)
     groups = []
     for members in keyed.values():
         seeds = ", ".join(str(m.run.config.get("seed")) for m in members)
-        first = members[0].run.name
+        scores = "" if members[0].run.before is None else ", calibrated"
+        first = f"{members[0].run.name}{scores}"
         name = first if len(members) == 1 else f"{first} and {len(members) - 1} more (seeds {seeds})"
         groups.append(Group(name, tuple(members)))
     return groups

@@ -32,8 +32,9 @@ TILES = (
 )
 
 TARGET_REMARK = (
-    "The pictures take a detection for true from IoU {:g} on. Where the calibrator's target is the IoU (see the notes), "
-    "scores are made to say how well the box fits instead, which LaECE and LaACE measure; they then lie below precision."
+    "The pictures take a detection for true from IoU {:g} on. Where the calibrator's target is the IoU (see the "
+    "notes), scores are made to say how well the box fits instead, which LaECE and LaACE measure; they then lie below "
+    "precision."
 )
 
 

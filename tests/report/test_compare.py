@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,8 +49,6 @@ def test_spread() -> None:
 
 
 def test_pairs_need_the_same_images(runs: list[Measured], measured: Make) -> None:
-    from dataclasses import replace
-
     boot = runs[0].options.bootstrap.model_copy(update={"resamples": 20})
     sampled = [replace(m, options=m.options.model_copy(update={"bootstrap": boot})) for m in runs]
     other = measured([(0, HERE, 2)], [], name="stranger")
@@ -58,6 +57,6 @@ def test_pairs_need_the_same_images(runs: list[Measured], measured: Make) -> Non
         "second minus first, on the same images",
         "third minus first, on the same images",
     ]
-    assert dict((row[0], row[1]) for row in tables[0].rows)["ap50"] == "-0.5000"
+    assert {row[0]: row[1] for row in tables[0].rows}["ap50"] == "-0.5000"
     assert all(row[1] == "+0.0000" for row in tables[1].rows)
     assert "stranger was measured on other images" in "".join(comparison([*sampled, other]))
