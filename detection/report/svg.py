@@ -121,8 +121,11 @@ def number(value: Number) -> str:
 
 
 def short(value: Number) -> str:
-    """A tick label: 0.05, 20, 1.5k, 2M."""
+    """A tick label: 5e-4, 0.05, 20, 15k, 2M."""
     size = abs(value)
+    if 0 < size < 0.01:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
     if size >= 1e4:

@@ -39,5 +39,6 @@ def test_text_is_escaped_and_the_picture_is_well_formed() -> None:
 
 def test_short_numbers() -> None:
     assert [svg.short(v) for v in (0, 0.05, 1500, 25000, 3e6)] == ["0", "0.05", "1500", "25k", "3M"]
+    assert [svg.short(v) for v in (0.0015, -5e-4)] == ["1.5e-3", "-5e-4"]
     assert svg.log_ticks(2500) == [0, 10, 100, 1000]
     assert svg.log_ticks(7) == [0, 1]
