@@ -7,7 +7,6 @@ Every element is first taken for background (outcome 0), which a dense head's el
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,36 +15,56 @@ from torch import Tensor
 
 from detection.ops.focal_elements import FocalShape, GammaTable, focal_values_and_gradients
 
-# Nanoseconds an element on one core (AVX-512, tools/bench/results/focal.jsonl): only their ratios matter here.
-_EXACT_COST = 8.0
-_LOG_COST = 2.0
+# Nanoseconds an element on one core with AVX-512: only their ratios matter, to choose a block's formula.
 _POLYNOMIAL_COST = (1.25, 1.4)
+_LOGARITHM_COST = 2.0
+_SOFTPLUS_COST = 2.7
+_EXACT_COST = 12.0
 _POLYNOMIAL_LIMIT = (0.05, 0.1)
-_LOG_LIMIT = 0.98  # log1p(-p) of a float32 p is good to 6e-7 up to here
+_LOGARITHM_LIMIT = 0.98  # log1p(-p) of a float32 p is good to 6e-7 up to here
 _BLOCK = 262_144
-_GROUP = 512  # elements whose maximum is taken at once: reductions over short rows are slow
+_EXACT_BLOCK = 16_384
+_GROUP = 1024  # elements whose maximum is taken at once: reductions over short rows are slow
 
 
 @dataclass(frozen=True, slots=True)
 class Polynomials:
-    """For p in 0..limit, t = p^(gamma + 1): gradient = t h(p), and loss = t (a + b p + c h(p) + d p h(p))."""
+    """For p in 0..limit, t = p^(gamma + 1): gradient = t h(p), and loss = t (a + b p + c h(p) + d p h(p)).
+
+    The loss thus comes out of sums over arrays that the gradient needs anyway.
+    """
 
     limit: float
     h: tuple[float, ...]
     """Coefficients by ascending power."""
     loss: tuple[float, float, float, float]
+    """(a, b, c, d); d is 0 where three terms do."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Background:
-    """How a block's elements are computed as if all of them had outcome 0."""
+class Formula:
+    """One way to compute a block of background scores, exact up to a score."""
 
-    gamma: float
-    weight: float
-    """1 - alpha (or 1) times the scale of the whole loss."""
     limit: float
-    """Scores above it are left to the exact formula."""
-    polynomials: tuple[Polynomials, ...]
+    cost: float
+    polynomials: Polynomials | None
+    """None: by the logarithm."""
+    softplus: bool = False
+    """Take log(1 - p) from the logit instead of from p."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What is the same for every block of a call."""
+
+    shape: FocalShape
+    scale: float
+    gamma: float
+    """Of a background element under all formulas' limits."""
+    weight: float
+    """1 - alpha (or 1) times the scale."""
+    formulas: tuple[Formula, ...]
+    """By ascending limit and cost."""
 
 
 def focal_cpu(
@@ -56,10 +75,17 @@ def focal_cpu(
     Writes d loss / d logits into `gradient`, which may be `logits` itself.
     """
     plan = _plan(shape, scale)
-    scratch = _Scratch(logits)
+    scratch = _Scratch(logits, gradient)
+    joined = logits.is_contiguous() and (gradient is None or gradient.is_contiguous())
+    if joined:
+        out = None if gradient is None else gradient.flatten(0, 1)
+        return _slab(
+            logits.flatten(0, 1), labels.flatten(), None if group is None else group.flatten(), out, plan, scratch
+        )
     total, bad = 0.0, 0
-    for rows, row_labels, row_group, out in _blocks(logits, labels, group, gradient, scratch.rows):
-        loss, nonfinite = _block(rows, row_labels, row_group, out, shape, plan, scale, scratch)
+    for n in range(len(logits)):
+        out = None if gradient is None else gradient[n]
+        loss, nonfinite = _slab(logits[n], labels[n], None if group is None else group[n], out, plan, scratch)
         total += loss
         bad += nonfinite
     return total, bad
@@ -68,143 +94,152 @@ def focal_cpu(
 class _Scratch:
     """Float32 work space for one block: some per cent of the logits."""
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, gradient: Tensor | None) -> None:
         classes = max(logits.shape[-1], 1)
         exact = logits.dtype == torch.float32
         size = min(_BLOCK, max(16_384, logits.numel() // (25 if exact else 75)))
         self.rows = max(1, size // classes)
         count = min(self.rows, max(1, logits.numel() // classes)) * classes
         self.p, self.y = torch.empty(count), torch.empty(count)
-        self.gradient = None if exact and logits.is_contiguous() else torch.empty(count)
+        direct = exact and gradient is not None and gradient.is_contiguous()
+        self.t = None if direct else torch.empty(count)
 
 
-def _blocks(
-    logits: Tensor, labels: Tensor, group: Tensor | None, gradient: Tensor | None, rows: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """(rows, K) pieces of a level. A level that is not one dense matrix is walked image by image."""
-    tensors = (logits, labels, group, gradient)
-    joined = all(t is None or t.is_contiguous() for t in tensors)
-    slabs = (
-        [tuple(t if t is None else t.flatten(0, 1) for t in tensors)]
-        if joined
-        else zip(*(([None] * len(logits)) if t is None else t.unbind(0) for t in tensors), strict=True)
-    )
-    for z, y, g, out in slabs:
-        assert z is not None
-        assert y is not None
-        for start in range(0, len(z), rows):
-            piece = slice(start, start + rows)
-            yield z[piece], y[piece], None if g is None else g[piece], None if out is None else out[piece]
+def _slab(
+    z: Tensor, labels: Tensor, group: Tensor | None, out: Tensor | None, plan: Plan, scratch: _Scratch
+) -> tuple[float, int]:
+    """`focal_cpu` of (rows, K) logits."""
+    masked = (labels < z.shape[1]).nonzero()[:, 0]
+    positive = masked[labels[masked] >= 0]
+    rows, values = [positive], [z[positive]]
+    starts = range(0, len(z), scratch.rows)
+    bounds = [*torch.searchsorted(masked, torch.tensor(starts)).tolist(), len(masked)]
+    total = 0.0
+    for i, start in enumerate(starts):
+        piece = slice(start, start + scratch.rows)
+        skipped = masked[bounds[i] : bounds[i + 1]] - start
+        loss, above, kept = _block(z[piece], skipped, None if out is None else out[piece], plan, scratch)
+        total += loss
+        if above is not None and kept is not None:
+            rows.append(above + start)
+            values.append(kept)
+    loss, bad = _exact(torch.cat(rows), torch.cat(values), labels, group, out, plan)
+    return total + loss, bad
 
 
 def _block(
-    z: Tensor,
-    labels: Tensor,
-    group: Tensor | None,
-    out: Tensor | None,
-    shape: FocalShape,
-    plan: Background,
-    scale: float,
-    scratch: _Scratch,
-) -> tuple[float, int]:
-    count, classes = z.shape
-    p, y = scratch.p[: z.numel()], scratch.y[: z.numel()]
-    score = p.view(count, classes)
-    if z.dtype == torch.float32 and z.is_contiguous():
-        torch.sigmoid(z, out=score)
-    else:
-        torch.sigmoid(score.copy_(z), out=score)
-    formula, special = _choose_formula(score, plan)
-    special |= labels < classes
-    masked = special.nonzero()[:, 0]
-    rows = (special & (labels >= 0)).nonzero()[:, 0] if len(masked) else masked
-    total, bad, exact = _exact(z, labels, group, rows, shape, scale)
-    if len(masked):
-        score.index_fill_(0, masked, 0.0)
-    direct = out is not None and out.dtype == torch.float32 and out.is_contiguous()
-    target = None
-    if out is not None:
-        target = out.view(-1) if direct else scratch.gradient[: z.numel()]  # type: ignore[index]
+    z: Tensor, skipped: Tensor, out: Tensor | None, plan: Plan, scratch: _Scratch
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """Background loss of a block without the `skipped` rows, the rows it leaves to the exact formula, their logits."""
+    size = z.numel()
+    p, y = scratch.p[:size], scratch.y[:size]
+    score = p.view(z.shape)
+    torch.sigmoid(z if z.dtype == torch.float32 else score.copy_(z), out=score)
+    if len(skipped):
+        score.index_fill_(0, skipped, 0.0)
+    formula, above = _choose(score, skipped, plan)
+    kept = None
+    if above is not None:
+        kept = z[above]
+        score.index_fill_(0, above, 0.0)
     if formula is None:
-        total += _by_logarithm(p, y, target, plan)
+        if out is not None:
+            out.zero_()  # of the rows that nothing else writes: the ignored ones
+        return 0.0, above, kept
+    target = out.view(-1) if scratch.t is None and out is not None else scratch.t
+    assert target is not None
+    target = target[:size]
+    if formula.polynomials is not None:
+        loss = _by_polynomial(p, y, target, plan, formula.polynomials)
     else:
-        total += _by_polynomial(p, y, target, plan, formula)
-    if out is not None and target is not None:
-        written = target.view(count, classes)
-        if len(rows):
-            written.index_copy_(0, rows, exact)
-        if not direct:
-            out.copy_(written)
-    return total, bad
+        _log_of_rest(z, p, y, formula, [skipped] if above is None else [skipped, above])
+        loss = _by_logarithm(p, y, target, plan)
+    if out is not None and scratch.t is not None:
+        out.copy_(target.view(z.shape))
+    return loss, above, kept
 
 
-def _choose_formula(score: Tensor, plan: Background) -> tuple[Polynomials | None, Tensor]:
-    """The cheapest formula for a block, and the rows that it does not cover. None stands for the logarithm."""
+def _log_of_rest(z: Tensor, p: Tensor, y: Tensor, formula: Formula, zeroed: list[Tensor]) -> None:
+    """Puts log(1 - p) into y; 0 for rows whose p was zeroed, whatever their logits are."""
+    if not formula.softplus:
+        torch.neg(p, out=y).log1p_()
+        return
+    logits = y.view(z.shape).copy_(z)
+    torch.ops.aten.softplus.out(y, 1, 20, out=y)
+    torch.neg(y, out=y)
+    for rows in zeroed:
+        logits.index_fill_(0, rows, 0.0)
+
+
+def _choose(score: Tensor, skipped: Tensor, plan: Plan) -> tuple[Formula | None, Tensor | None]:
+    """The cheapest formula for a block, and the rows above its limit. The skipped rows' scores are 0."""
     count, classes = score.shape
-    special = torch.zeros(count, dtype=torch.bool)
-    per_group = max(1, _GROUP // classes)
-    whole = count // per_group * per_group
-    highest = score[:whole].view(-1, per_group * classes).amax(1)
-    limits = [min(c.limit, plan.limit) for c in plan.polynomials] + [plan.limit]
-    over = ~(highest <= highest.new_tensor(limits)[:, None])  # NaN counts as over
-    share = (over.sum(1) / max(1, len(highest))).tolist()
-    row_cost = 1.0 + _EXACT_COST * min(1.0, 2 / per_group)
-    costs = (*_POLYNOMIAL_COST[: len(plan.polynomials)], _LOG_COST)
-    chosen = min(range(len(costs)), key=lambda i: costs[i] + share[i] * row_cost)
-    if share[chosen] > 0:
-        groups = over[chosen].nonzero()[:, 0]
-        rows = score[:whole].view(-1, per_group, classes)[groups]
-        special[:whole].view(-1, per_group)[groups] = ~(rows.amax(2) <= limits[chosen])
-    if whole < count:
-        special[whole:] = ~(score[whole:].amax(1) <= limits[chosen])
-    return (plan.polynomials[chosen] if chosen < len(plan.polynomials) else None), special
+    if not plan.formulas:
+        rows = torch.ones(count, dtype=torch.bool).index_fill_(0, skipped, False)
+        return None, rows.nonzero()[:, 0]
+    each = max(1, _GROUP // classes)
+    whole = count // each * each
+    groups = score[:whole].view(-1, each * classes).amax(1)
+    rest = score[whole:]
+    highest = torch.cat([groups, rest.amax(1)]).max().item()
+    if highest <= plan.formulas[0].limit:
+        return plan.formulas[0], None
+    limits = torch.tensor([f.limit for f in plan.formulas])
+    over = ~(groups <= limits[:, None])  # a NaN is over every limit
+    share = (over.sum(1) / max(1, len(groups))).tolist()
+    row_cost = 1.0 + _EXACT_COST * min(1.0, 2 / each)
+    best = min(range(len(limits)), key=lambda i: plan.formulas[i].cost + share[i] * row_cost)
+    limit = plan.formulas[best].limit
+    if highest <= limit:
+        return plan.formulas[best], None
+    found = over[best].nonzero()[:, 0]
+    inner = ~(score[:whole].view(-1, each, classes)[found].amax(2) <= limit)
+    rows = (found[:, None] * each + torch.arange(each))[inner]
+    rows = torch.cat([rows, (~(rest.amax(1) <= limit)).nonzero()[:, 0] + whole])
+    return plan.formulas[best], rows
 
 
 def _exact(
-    z: Tensor, labels: Tensor, group: Tensor | None, rows: Tensor, shape: FocalShape, scale: float
-) -> tuple[float, int, Tensor]:
-    """Loss, non-finite elements and gradient rows of the few rows of a block that need the closed form."""
+    rows: Tensor, z: Tensor, labels: Tensor, group: Tensor | None, out: Tensor | None, plan: Plan
+) -> tuple[float, int]:
+    """Loss and non-finite elements of the rows that need the closed form; their gradient goes to `out`."""
     total, bad = 0.0, 0
-    gradients = torch.empty(len(rows), z.shape[1])
-    step = max(1, 32_768 // max(z.shape[1], 1))
-    for start in range(0, len(rows), step):
-        picked = rows[start : start + step]
-        part = None if group is None else group[picked]
-        value, slope = focal_values_and_gradients(z[picked], labels[picked], shape, part)
-        total += value.sum(dtype=torch.float64).item() * scale
-        gradients[start : start + step] = slope.mul_(scale)
+    step = max(1, _EXACT_BLOCK // max(z.shape[1], 1))
+    for picked, logits in zip(torch.split(rows, step), torch.split(z, step), strict=True):
+        member = None if group is None else group[picked]
+        value, slope = focal_values_and_gradients(logits, labels[picked], plan.shape, member)
+        total += value.sum(dtype=torch.float64).item() * plan.scale
         if not math.isfinite(total):
             bad += int((~value.isfinite()).sum())
-    return total, bad, gradients
+        if out is not None:
+            out.index_copy_(0, picked, slope.mul_(plan.scale).to(out.dtype))
+    return total, bad
 
 
-def _by_polynomial(p: Tensor, y: Tensor, out: Tensor | None, plan: Background, use: Polynomials) -> float:
+def _by_polynomial(p: Tensor, y: Tensor, out: Tensor, plan: Plan, use: Polynomials) -> float:
     """Loss sum of background scores up to the polynomials' limit; the gradient goes to `out`."""
-    gradient = torch.empty_like(p) if out is None else out
-    _power(p, plan.gamma + 1, gradient)
+    _power(p, plan.gamma + 1, out)
     a, b, c, d = use.loss
-    total = a * gradient.sum().item() + b * torch.dot(gradient, p).item()
+    total = a * out.sum().item() + b * torch.dot(out, p).item()
     coefficients = [torch.tensor(plan.weight * value) for value in use.h]
     torch.add(coefficients[-2], p, alpha=plan.weight * use.h[-1], out=y)
     for coefficient in reversed(coefficients[:-2]):
         torch.addcmul(coefficient, y, p, out=y)
-    gradient.mul_(y)
-    return plan.weight * total + c * gradient.sum().item() + d * torch.dot(gradient, p).item()
+    out.mul_(y)
+    total = plan.weight * total + c * out.sum().item()
+    return total + d * torch.dot(out, p).item() if d else total
 
 
-def _by_logarithm(p: Tensor, y: Tensor, out: Tensor | None, plan: Background) -> float:
-    """Loss sum of background scores up to `_LOG_LIMIT`; the gradient goes to `out`."""
-    torch.neg(p, out=y).log1p_()
+def _by_logarithm(p: Tensor, y: Tensor, out: Tensor, plan: Plan) -> float:
+    """Loss sum of background scores p with y = log(1 - p); the gradient goes to `out`, and y is overwritten."""
     if plan.gamma == 0:
-        if out is not None:
-            torch.mul(p, plan.weight, out=out)
-        return -plan.weight * y.sum().item()
-    t = _power(p, plan.gamma, torch.empty_like(p) if out is None else out)
-    total = -plan.weight * torch.dot(t, y).item()
-    if out is not None:
-        torch.addcmul(y, y, p, value=-1, out=y)
-        torch.add(p, y, alpha=-plan.gamma, out=y)
-        torch.addcmul(torch.zeros(()), t, y, value=plan.weight, out=out)
+        torch.mul(p, plan.weight, out=out)
+        return -plan.weight * torch.where(p > 0, y, 0.0).sum().item()
+    _power(p, plan.gamma, out)
+    total = -plan.weight * torch.dot(out, y).item()
+    torch.addcmul(y, y, p, value=-1, out=y)
+    torch.add(p, y, alpha=-plan.gamma, out=y)
+    torch.addcmul(torch.zeros(()), out, y, value=plan.weight, out=out)
     return total
 
 
@@ -226,19 +261,32 @@ def _power(p: Tensor, exponent: float, out: Tensor) -> Tensor:
     return torch.pow(p, exponent, out=out)
 
 
-def _plan(shape: FocalShape, scale: float) -> Background:
+def _plan(shape: FocalShape, scale: float) -> Plan:
     weight = shape.weights[0] * scale
-    gamma, limit = shape.gamma, _LOG_LIMIT
+    gamma, limit = shape.gamma, 1.0
     if isinstance(gamma, GammaTable):
         edge = gamma.edge_logit[0].item() if len(gamma.edge_logit) else math.inf
         same = bool((gamma.gamma[:, 0, 0] == gamma.gamma[0, 0, 0]).all())
         limit = min(limit, _below(edge)) if same else -1.0
         gamma = gamma.gamma[0, 0, 0].item()
-    if gamma < 0:
-        return Background(0.0, 0.0, -1.0, ())
-    fitted = gamma >= 0.5 and weight != 0 and limit > 0
-    polynomials = tuple(fit_polynomials(gamma, top) for top in _POLYNOMIAL_LIMIT) if fitted else ()
-    return Background(gamma, weight, limit, polynomials)
+    if gamma < 0 or limit < 0:
+        return Plan(shape, scale, gamma, weight, ())
+    formulas = [
+        Formula(min(_LOGARITHM_LIMIT, limit), _LOGARITHM_COST, None),
+        Formula(min(_softplus_limit(gamma), limit), _SOFTPLUS_COST, None, softplus=True),
+    ]
+    if gamma >= 0.5 and weight != 0:
+        fitted = zip(_POLYNOMIAL_LIMIT, _POLYNOMIAL_COST, strict=True)
+        formulas = [*(Formula(min(top, limit), cost, fit_polynomials(gamma, top)) for top, cost in fitted), *formulas]
+    return Plan(shape, scale, gamma, weight, tuple(formulas))
+
+
+def _softplus_limit(gamma: float) -> float:
+    """The score up to which gamma log(1 - p) times the rounding error of a float32 p stays below 1e-6 of the slope.
+
+    At most the greatest float32 below 1, so that infinities and NaN are above.
+    """
+    return min(1 - math.exp(-14 / max(gamma, 1e-3)), 1 - 2**-24)
 
 
 def _below(edge: float) -> float:
@@ -258,6 +306,10 @@ def fit_polynomials(gamma: float, limit: float, tolerance: float = 1e-7) -> Poly
         coefficients = torch.linalg.lstsq(powers / h[:, None], torch.ones_like(nodes), driver="gelsd").solution
         if ((powers @ coefficients) / h - 1).abs().max() < tolerance:
             break
-    basis = torch.stack([torch.ones_like(nodes), nodes, h, nodes * h], 1) / k[:, None]
-    loss = torch.linalg.lstsq(basis, torch.ones_like(nodes), driver="gelsd").solution.tolist()
-    return Polynomials(limit, tuple(coefficients.tolist()), (loss[0], loss[1], loss[2], loss[3]))
+    terms = torch.stack([torch.ones_like(nodes), nodes, h, nodes * h], 1) / k[:, None]
+    for count in (3, 4):
+        loss = torch.linalg.lstsq(terms[:, :count], torch.ones_like(nodes), driver="gelsd").solution
+        if (terms[:, :count] @ loss - 1).abs().max() < 4 * tolerance:
+            break
+    a, b, c, d = [*loss.tolist(), 0.0][:4]
+    return Polynomials(limit, tuple(coefficients.tolist()), (a, b, c, d))
