@@ -35,6 +35,7 @@ from detection.evaluation.results import write_results
 from detection.losses.criterion import CriterionConfig
 from detection.model.decode import decode
 from detection.model.retinanet import RetinaNetConfig
+from detection.model.weights import load_weights
 from detection.ops.focal import Implementation
 from detection.types import Batch, DataError, Detections, Records
 
@@ -84,6 +85,8 @@ class Experiment(Section):
     """Images and annotations."""
     model: RetinaNetConfig = RetinaNetConfig()
     """The detector."""
+    initial_weights: str | None = None
+    """A whole detector to start from: a checkpoint of ours, or torchvision RetinaNet weights. Equal classes are kept."""
     assignment: Assignment = MaxIouConfig()
     """Which anchor answers for which object."""
     criterion: CriterionConfig = CriterionConfig()
@@ -194,6 +197,9 @@ def build(experiment: Experiment, device: torch.device) -> Components:
         select = read_split(experiment, experiment.data.select)
         _check_same_classes(records, select, experiment.data.select)
     model = experiment.model.build(records.num_classes)
+    loaded = []
+    if experiment.initial_weights is not None:
+        loaded = str(load_weights(model, Path(experiment.initial_weights), records.class_names)).splitlines()
     criterion = experiment.criterion.build(records.num_classes, experiment.implementation, device)
     return Components(
         model=model,
@@ -209,6 +215,7 @@ def build(experiment: Experiment, device: torch.device) -> Components:
             *_describe(experiment.data.train, records),
             *([] if select is None else _describe(experiment.data.select or "", select)),
             f"classification loss: {experiment.criterion.classification.kind}, {criterion.implementation}",
+            *loaded,
         ),
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from detection.config import load
-from detection.experiment import Experiment, evaluate_run, train
+from detection.experiment import Experiment, build, evaluate_run, train
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -79,6 +79,19 @@ def test_the_same_configuration_gives_the_same_weights(run: Path, digits: Path, 
     first, second = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (run, tmp_path / "twin"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_keeps_equal_classes(run: Path, digits: Path, tmp_path: Path) -> None:
+    overrides = [*tiny(digits), "data.source.unseen=[6, 7, 9]", f"initial_weights={json.dumps(str(run / 'best.pt'))}"]
+    experiment = load(Experiment, ROOT / "configs/quickstart.toml", overrides)
+    components = build(experiment, torch.device("cpu"))
+    trained = torch.load(run / "best.pt", weights_only=True)["model"]
+    own = components.model.state_dict()
+    assert components.class_names == ("zero", "one", "two", "three", "four", "five", "eight")
+    assert torch.equal(own["pyramid.lateral.0.weight"], trained["pyramid.lateral.0.weight"])
+    assert any("classes initialised anew: eight" in note for note in components.notes)
+    rows = own["head.classes.output.bias"].view(-1, 7), trained["head.classes.output.bias"].view(-1, 8)
+    assert torch.equal(rows[0][:, :6], rows[1][:, :6])
 
 
 def test_tools_print_tables(run: Path, tmp_path: Path) -> None:
