@@ -86,7 +86,7 @@ class Experiment(Section):
     model: RetinaNetConfig = RetinaNetConfig()
     """The detector."""
     initial_weights: str | None = None
-    """A whole detector to start from: a checkpoint of ours, or torchvision RetinaNet weights. Equal classes are kept."""
+    """A detector to start from: a checkpoint of ours, or torchvision RetinaNet weights; equal classes are kept."""
     assignment: Assignment = MaxIouConfig()
     """Which anchor answers for which object."""
     criterion: CriterionConfig = CriterionConfig()
