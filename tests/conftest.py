@@ -12,6 +12,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 install_import_hook("detection", "beartype.beartype")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `gpu` where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 SMALL = [
     "device=cpu",
     "data.batch_size=4",
