@@ -249,6 +249,6 @@ if __name__ == "__main__":
         for folder, options in json.loads(sys.argv[1]).items():
             train(Path(folder), options)
     distributed.barrier()  # no rank takes its connections down while another still uses them
-    # Rank 0 serves torch's key-value store here (under torchrun the launcher does). Its thread has been seen to abort the
-    # interpreter's exit about once in thirty runs, after all work was done.
+    # Rank 0 serves torch's key-value store here (under torchrun the launcher does); its thread has been seen to abort
+    # the interpreter's exit about once in thirty runs, after all work was done.
     os._exit(0)
