@@ -14,7 +14,7 @@ OPTIONS = ("-p", "no:cacheprovider", "--noconftest", "-x")
 
 
 def run_again(variable: str, *options: str) -> None:
-    """In a process of its own: Triton reads its variable when it is imported, and it reads the kernels' source, which the
+    """In a process of its own: Triton reads its variable at its import, and the source of kernels, which the
     conftest wraps."""
     files = [str(HERE / "test_focal.py"), str(HERE / "test_softmax_focal.py")]
     done = subprocess.run(
