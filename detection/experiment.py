@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import detection.distributed as distributed
 from detection.assignment.max_iou import MaxIouConfig
@@ -42,7 +42,7 @@ from detection.types import Batch, DataError, Detections, Records
 USER_ERRORS = (ConfigError, DataError, CheckpointError, NonFiniteError)
 """What a tool prints as a sentence instead of a traceback."""
 
-METRICS, DETECTIONS = "metrics.json", "detections.json"
+METRICS, DETECTIONS, RAW_DETECTIONS = "metrics.json", "detections.json", "detections_raw.json"
 
 
 class DataConfig(Section):
@@ -99,6 +99,17 @@ class Experiment(Section):
     """How scores are repaired after training (tools/calibrate.py)."""
     ood: OodConfig = OodConfig()
     """How an image's uncertainty is made of its detections'."""
+
+    @model_validator(mode="after")
+    def _head_fits_loss(self) -> Experiment:
+        needed, kind = self.criterion.activation, self.criterion.classification.kind
+        if self.model.decode.activation != needed:
+            background = "true" if needed == "softmax" else "false"
+            raise ValueError(
+                f"criterion.classification.kind = {kind!r} needs model.decode.activation = {needed!r} "
+                f"and model.head.background = {background}"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +299,7 @@ def _report(
     if found is not None:
         report, final = measure(found, records, stored, experiment.evaluation, split)
         source = {"checkpoint": path.name, "step": checkpoint.step}
-        write_report(out or run / "evaluation" / split, report, final, records, stored, source)
+        write_report(out or run / "evaluation" / split, report, found, final, records, stored, source)
     report = distributed.broadcast_object(report)
     assert report is not None
     return report
@@ -334,19 +345,28 @@ def measure(
 def write_report(
     folder: Path,
     report: Report,
+    found: Sequence[Detections],
     final: Sequence[Detections],
     records: Records,
     stored: StoredCalibrator | None,
     source: dict[str, Any],
 ) -> None:
-    """Writes metrics.json (both evaluations, their settings, the calibrator's origin) and detections.json."""
+    """Writes metrics.json (both evaluations, their settings, the calibrator's origin) and detections.json.
+
+    Where scores are calibrated, detections_raw.json holds the detections `found`, as they were before.
+    """
+    is_raw = report.calibrated is None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / DETECTIONS, final, records)
+        if is_raw:
+            (folder / RAW_DETECTIONS).unlink(missing_ok=True)
+        else:
+            write_results(folder / RAW_DETECTIONS, found, records)
         content = {
             **source,
             "split": report.split,
-            "detections": f"{DETECTIONS} holds {'raw' if report.calibrated is None else 'calibrated'} scores",
+            "detections": f"{DETECTIONS} holds {'raw' if is_raw else 'calibrated'} scores",
             "notes": list(report.notes),
             "calibrator": None if stored is None else stored.fitted_on.model_dump(mode="json"),
             "raw": report.raw.as_json(),

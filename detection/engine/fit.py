@@ -97,6 +97,9 @@ class Components:
     category_ids: tuple[int, ...]
     config: dict[str, Any]
     """The resolved configuration, plain JSON values."""
+    adapt: Callable[[nn.Module, nn.Module], dict[str, list[float]]] | None = None
+    """What (model, criterion) do after every epoch for a loss that follows its own calibration error; the rows are
+    journaled. Called on every rank, with the weights being trained."""
     seed: int = 0
     """Of dropout and the like on the main process; rank r takes seed + r."""
     backbone: tuple[str, ...] = ("backbone.",)
@@ -255,7 +258,17 @@ class _Loop:
                 self.log()
             if config.save_every and not at_end and progress.step % config.save_every == 0:
                 self.save(LAST)
+        self.adapt()
         progress.evaluation_pending = self.evaluation_due(epoch + 1)
+
+    def adapt(self) -> None:
+        """Lets the loss follow what the model has become; its state is in the criterion, so in the checkpoint."""
+        if self.components.adapt is None:
+            return
+        broadcast_buffers(self.live.model)
+        with preserved_random_state(self.parts.device):
+            rows = self.components.adapt(self.live.model, self.live.criterion)
+        self.journal.write("adapt", self.progress.step, {"epoch": self.epoch, **rows})
 
     def evaluation_due(self, epochs_done: int) -> bool:
         every = self.config.evaluate_every

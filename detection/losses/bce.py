@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from detection.config import Section
 from detection.losses.focal import SigmoidFocal
+from detection.losses.foreground import Activation
 from detection.ops.focal import Implementation, choose
 from detection.ops.focal_elements import FocalShape
 
 
 class BceConfig(Section):
+    activation: ClassVar[Activation] = "sigmoid"
+    uses_quality: ClassVar[bool] = False
     kind: Literal["bce"] = "bce"
     alpha: float = Field(-1.0, ge=-1, le=1)
     """Weight of an anchor's own class against the others (1 - alpha); negative weighs neither."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +14,8 @@ from detection.config import Section
 from detection.distributed import sum_across_ranks, world_size
 from detection.losses.box import BoxLoss, SmoothL1Config
 from detection.losses.focal import FocalConfig
-from detection.losses.table import BoxConfig, ClassificationConfig
+from detection.losses.foreground import Activation, box_quality, foreground
+from detection.losses.table import AuxiliaryConfig, BoxConfig, ClassificationConfig
 from detection.ops.focal import Implementation, choose
 from detection.types import Losses, Matches, Predictions
 
@@ -25,6 +27,8 @@ class CriterionConfig(Section):
     box: BoxConfig = SmoothL1Config()
     box_weight: float = Field(1.0, ge=0)
     """Factor of the box loss in the total."""
+    auxiliary: tuple[AuxiliaryConfig, ...] = ()
+    """Calibration terms of the positive anchors, added to the classification loss."""
     normaliser: Normaliser = "batch"
     """"batch": losses are divided by the positives of the whole batch, averaged over ranks, at least 1. "image": each
     image's by its own positives, then averaged over the images, as torchvision does."""
@@ -35,7 +39,22 @@ class CriterionConfig(Section):
         """The criterion for a model on `device` (CPU if None); "auto" takes that device's fused kernel."""
         chosen = choose(implementation, device or torch.device("cpu"))
         classification = self.classification.build(num_classes, chosen, device)
-        return Criterion(classification, self.box.build(), self.box_weight, self.normaliser, chosen)
+        auxiliary = [(term.weight, term.build(num_classes)) for term in self.auxiliary]
+        return Criterion(
+            classification,
+            self.box.build(),
+            self.box_weight,
+            self.normaliser,
+            chosen,
+            self.activation,
+            self.classification.uses_quality,
+            auxiliary,
+        )
+
+    @property
+    def activation(self) -> Activation:
+        """What the classification loss takes scores to be."""
+        return self.classification.activation
 
 
 class Criterion(nn.Module):
@@ -48,6 +67,9 @@ class Criterion(nn.Module):
         box_weight: float,
         normaliser: Normaliser,
         implementation: Implementation,
+        activation: Activation = "sigmoid",
+        uses_quality: bool = False,
+        auxiliary: Sequence[tuple[float, nn.Module]] = (),
     ) -> None:
         super().__init__()
         self.classification = classification
@@ -55,6 +77,10 @@ class Criterion(nn.Module):
         self.box_weight = box_weight
         self.normaliser = normaliser
         self.implementation = implementation
+        self.activation = activation
+        self.uses_quality = uses_quality
+        self.auxiliary_weights = [weight for weight, _ in auxiliary]
+        self.auxiliary = nn.ModuleList(module for _, module in auxiliary)
 
     def forward(self, predictions: Predictions, matches: Matches) -> Losses:
         """The step's losses in float32, also under autocast. Nothing here waits for the device."""
@@ -66,22 +92,37 @@ class Criterion(nn.Module):
             else:
                 image_scale = 1 / image_normalisers(matches, len(predictions.logits[0]))
                 classification = self._classify_by_image(predictions, matches, image_scale)
+            if self.auxiliary:
+                classification = classification + self._calibrate(predictions, matches)
             box = self._regress(predictions, matches, image_scale)
         total = classification + self.box_weight * box
         return Losses(classification, box, total, matches.num_positive)
 
     def _classify(self, predictions: Predictions, matches: Matches, scale: Tensor) -> Tensor:
         levels = zip(predictions.logits, matches.labels, strict=True)
-        return torch.stack([self.classification(logits, labels, scale) for logits, labels in levels]).sum()
+        if self.uses_quality:
+            quality = box_quality(predictions, matches)
+            losses = [self.classification(*level, scale, q) for level, q in zip(levels, quality, strict=True)]
+        else:
+            losses = [self.classification(*level, scale) for level in levels]
+        return torch.stack(losses).sum()
 
     def _classify_by_image(self, predictions: Predictions, matches: Matches, scale: Tensor) -> Tensor:
-        levels = zip(predictions.logits, matches.labels, strict=True)
-        losses = [
-            self.classification(logits[n : n + 1], labels[n : n + 1], scale[n])
-            for logits, labels in levels
-            for n in range(len(logits))
-        ]
+        quality = box_quality(predictions, matches) if self.uses_quality else [None] * len(predictions.logits)
+        losses = []
+        for logits, labels, index, own in zip(
+            predictions.logits, matches.labels, matches.positives, quality, strict=True
+        ):
+            for n in range(len(logits)):
+                image = (logits[n : n + 1], labels[n : n + 1], scale[n])
+                rest = () if own is None else (own[index // labels.shape[1] == n],)
+                losses.append(self.classification(*image, *rest))
         return torch.stack(losses).sum()
+
+    def _calibrate(self, predictions: Predictions, matches: Matches) -> Tensor:
+        rows = foreground(predictions, matches, self.activation)
+        terms = [w * term(rows) for w, term in zip(self.auxiliary_weights, self.auxiliary, strict=True)]
+        return torch.stack(terms).sum()
 
     def _regress(self, predictions: Predictions, matches: Matches, image_scale: Tensor) -> Tensor:
         """Only the positives' rows are read. A level without any is an empty gather, so its graph stays whole."""

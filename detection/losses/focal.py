@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Integer
@@ -10,11 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detection.config import Section
+from detection.losses.foreground import Activation
 from detection.ops.focal import Implementation, choose, focal_sum
 from detection.ops.focal_elements import FocalShape
 
 
 class FocalConfig(Section):
+    activation: ClassVar[Activation] = "sigmoid"
+    uses_quality: ClassVar[bool] = False
     kind: Literal["focal"] = "focal"
     alpha: float = Field(0.25, ge=-1, le=1)
     """Weight of an anchor's own class against the others (1 - alpha); negative weighs neither."""

@@ -9,9 +9,12 @@ from pydantic import Field
 from detection.losses.bce import BceConfig
 from detection.losses.box import CIoUConfig, DIoUConfig, GIoUConfig, L1Config, SmoothL1Config
 from detection.losses.focal import FocalConfig
+from detection.losses.mdca import DcaConfig, MdcaConfig
 
 CLASSIFICATION = (FocalConfig, BceConfig)
+AUXILIARY = (MdcaConfig, DcaConfig)
 BOX = (SmoothL1Config, L1Config, GIoUConfig, DIoUConfig, CIoUConfig)
 
 ClassificationConfig = Annotated[FocalConfig | BceConfig, Field(discriminator="kind")]
+AuxiliaryConfig = Annotated[MdcaConfig | DcaConfig, Field(discriminator="kind")]
 BoxConfig = Annotated[SmoothL1Config | L1Config | GIoUConfig | DIoUConfig | CIoUConfig, Field(discriminator="kind")]
