@@ -6,7 +6,7 @@ per-image sums. Nothing is matched again. ECE_EM keeps the bin edges of the full
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydantic import Field
 from detection.config import Section
 from detection.evaluation.ap_samples import coco_samples, optimal_lrp_samples
 from detection.evaluation.calibration_metrics import Metric
-from detection.evaluation.image_sums import Weights, lrp_sums
+from detection.evaluation.image_sums import ImageSums, Weights, lrp_sums
 from detection.evaluation.matching import Matching, Outcome
 
 CELLS = 1 << 24
@@ -67,9 +67,13 @@ def resample_weights(images: int, resamples: int, seed: int, block: int) -> Iter
 
 
 def samples(
-    matching: Matching, metrics: dict[str, Metric], localised: Outcome, config: BootstrapConfig
+    matching: Matching,
+    metrics: dict[str, Metric],
+    localised: Outcome,
+    config: BootstrapConfig,
+    others: Sequence[ImageSums] = (),
 ) -> dict[str, Float[ndarray, "B"]]:
-    """Every number in every resample: the calibration metrics, LRP at the outcome `localised`, and AP.
+    """Every number in every resample: the calibration metrics, LRP at the outcome `localised`, `others`, and AP.
 
     Two results of the same images, seed and number of resamples are paired: column b is the same images in both.
     """
@@ -80,7 +84,8 @@ def samples(
     parts: dict[str, list[ndarray]] = {}
     for weights in resample_weights(matching.num_images, config.resamples, config.seed, _block(matching, metrics)):
         values = {name: one.samples(weights) for name, one in sums.items()}
-        values.update(lrp.samples(weights))
+        for more in (lrp, *others):
+            values.update(more.samples(weights))
         if config.average_precision:
             values.update(coco_samples(matching, weights))
             values["olrp"] = optimal_lrp_samples(matching, localised, weights)
@@ -111,5 +116,6 @@ def _block(matching: Matching, metrics: dict[str, Metric]) -> int:
     """How many resamples go through at once."""
     offsets = matching.class_offsets
     rows = [m.rows.num_groups * m.rows.num_bins for m in metrics.values()]
-    largest = max(*rows, int(np.diff(offsets).max(initial=1)), matching.num_images, 40 * matching.num_classes)
+    per_class, objects = int(np.diff(offsets).max(initial=1)), len(matching.objects.labels)
+    largest = max(*rows, per_class, objects, matching.num_images, 40 * matching.num_classes)
     return max(1, min(250, CELLS // largest))

@@ -25,8 +25,10 @@ from detection.evaluation.calibration_metrics import (
     covered_shares,
     used_rows,
 )
+from detection.evaluation.image_sums import ImageSums, values_of
 from detection.evaluation.lrp import Lrp, OptimalLrp, lrp_error, optimal_lrp
 from detection.evaluation.matching import COCO_CASES, Case, Matching, Outcome, match, outcome
+from detection.evaluation.operating_points import best_f1_sums, point_sums
 from detection.types import DataError, Detections, Records
 
 
@@ -36,7 +38,7 @@ class EvaluationConfig(Section):
     max_detections: int = Field(100, ge=1)
     """Best-scored detections that enter, an image and class (COCO's maxDets)."""
     display_score_threshold: float = Field(0.3, ge=0, le=1)
-    """Detections from this score on are shown to a user; `precision` and `recall` are theirs."""
+    """Detections from this score on are shown to a user; `precision`, `recall` and `f1` are theirs."""
     calibration: CalibrationConfig = CalibrationConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
 
@@ -84,6 +86,8 @@ class _Matched:
     calibration: dict[str, Metric]
     pool: Outcome
     localised: Outcome
+    points: tuple[ImageSums, ...]
+    """Precision and recall at score thresholds."""
 
 
 def evaluate(
@@ -117,8 +121,9 @@ def evaluate(
         "brier_resolution": parts.resolution,
         "brier_uncertainty": parts.uncertainty,
         **_lrp_means(lrp, best),
-        **_display(matching, outcome(matching, Case(0.5)), config.display_score_threshold),
     }
+    for sums in matched.points:
+        metrics |= values_of(sums, len(records))
     per_class = {
         "objects": pool.num_objects.astype(float).tolist(),
         "detections": np.diff(matching.class_offsets).astype(float).tolist(),
@@ -173,23 +178,28 @@ def resampled(
 ) -> dict[str, Float[ndarray, "B"]]:
     """Every number in every resample of the images; the same seed draws the same images for any detections."""
     matched = _match(detections, records, config)
-    return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap)
+    return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap, matched.points)
 
 
 def _match(detections: Sequence[Detections], records: Records, config: EvaluationConfig) -> _Matched:
     cases = tuple(dict.fromkeys((*COCO_CASES, *config.calibration.cases())))
     matching = match(detections, records, cases, config.max_detections)
     _require_probabilities(matching.detections.scores)
+    half = outcome(matching, Case(0.5))
     return _Matched(
         matching,
         calibration_metrics(matching, records, config.calibration),
         outcome(matching, config.calibration.case()),
         outcome(matching, config.calibration.localisation_case()),
+        (
+            point_sums(matching, half, matching.detections.scores >= config.display_score_threshold),
+            best_f1_sums(matching, half),
+        ),
     )
 
 
 def _intervals(matched: _Matched, config: BootstrapConfig) -> dict[str, Interval]:
-    drawn = bootstrap.samples(matched.matching, matched.calibration, matched.localised, config)
+    drawn = bootstrap.samples(matched.matching, matched.calibration, matched.localised, config, matched.points)
     return {name: bootstrap.interval(values, config.level) for name, values in drawn.items()}
 
 
@@ -209,17 +219,6 @@ def _lrp_means(lrp: Lrp, best: OptimalLrp) -> dict[str, float]:
     }
 
 
-def _display(matching: Matching, pool: Outcome, threshold: float) -> dict[str, float]:
-    """Precision and recall of what a user is shown, all classes pooled."""
-    shown = ~pool.ignored & (matching.detections.scores >= threshold)
-    correct = int(np.count_nonzero(pool.correct & shown))
-    total, objects = int(np.count_nonzero(shown)), int(pool.num_objects.sum())
-    return {
-        "precision": correct / total if total else math.nan,
-        "recall": correct / objects if objects else math.nan,
-    }
-
-
 def _settings(
     metrics: dict[str, float], calibration: dict[str, Metric], config: EvaluationConfig, images: int, split: str
 ) -> dict[str, str]:
@@ -227,7 +226,9 @@ def _settings(
     options = config.calibration
     overlap = f"{options.localisation_iou_threshold:g}{' (strict)' if options.strict_overlap else ''}"
     lrp = f"COCO greedy matching, IoU {overlap}, mean over classes with objects"
+    half = "COCO greedy matching, IoU 0.5, pooled over classes"
     shown = f"COCO greedy matching, IoU 0.5, score >= {config.display_score_threshold:g}, pooled over classes"
+    best = ("best_f1", "best_f1_precision", "best_f1_recall", "best_f1_threshold")
     voc = "VOC matching without the added pixel, IoU 0.5, mean over classes"
     texts = {name: metric.settings for name, metric in calibration.items()}
     texts |= {f"{name}_covered": texts[name] for name in ("d_ece_position", "d_ece_size")}
@@ -235,8 +236,8 @@ def _settings(
     texts |= dict.fromkeys(("lrp", "lrp_loc", "lrp_fp", "lrp_fn"), f"{lrp}, all detections given")
     texts |= {
         "olrp": f"{lrp}, best score threshold of each class",
-        "precision": shown,
-        "recall": shown,
+        **dict.fromkeys(("precision", "recall", "f1"), shown),
+        **dict.fromkeys(best, f"{half}, at the score threshold of the highest F1 on these images"),
         "ap50_voc": f"area under the monotone curve, {voc}",
         "ap50_voc07": f"11 points, {voc}",
     }

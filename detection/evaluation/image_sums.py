@@ -7,7 +7,7 @@ Columns of ones give the number itself. Images go by position among the sorted i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,20 @@ from detection.evaluation.matching import Matching, Outcome
 Reduction = Literal["expected", "average", "maximum"]
 Weights = ndarray
 """float (images, resamples)"""
+
+
+@runtime_checkable
+class ImageSums(Protocol):
+    """Sums by image behind several numbers."""
+
+    def samples(self, weights: Weights) -> dict[str, Float[ndarray, "B"]]:
+        """Each number, for each column of weights."""
+        ...
+
+
+def values_of(sums: ImageSums, images: int) -> dict[str, float]:
+    """The numbers themselves: every image counts once."""
+    return {name: float(values[0]) for name, values in sums.samples(np.ones((images, 1))).items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
