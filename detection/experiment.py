@@ -335,11 +335,7 @@ def measure(
     if stored is None:
         return Report(split, raw), found
     calibrated = [calibrate(d, stored.calibrator) for d in found]
-    origin = stored.fitted_on
-    notes = [f"calibrator: {origin.settings}; fitted on {origin.split}, {origin.images} images, {origin.matching}"]
-    if origin.split == split:
-        notes.append("the calibrator was fitted on these very images: the calibrated numbers are too good")
-    return Report(split, raw, evaluate(calibrated, records, config, split), tuple(notes)), calibrated
+    return Report(split, raw, evaluate(calibrated, records, config, split), tuple(stored.notes(split))), calibrated
 
 
 def write_report(

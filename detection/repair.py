@@ -29,7 +29,7 @@ from detection.calibration.calibrator import (
 from detection.calibration.cross_fit import cross_fit
 from detection.calibration.stored import FittedOn, StoredCalibrator, read_calibrator, settings_text
 from detection.config import ConfigError, load, override
-from detection.data.coco import read_coco
+from detection.data.coco import annotation_name, read_coco
 from detection.engine.checkpoint import Checkpoint, find_checkpoint, save, with_calibrators, write_atomically
 from detection.engine.checkpoint import load as load_checkpoint
 from detection.engine.parallel import choose_device
@@ -125,11 +125,11 @@ def calibrate_files(
     records = read_coco(ground_truth, None)
     found = read_results(detections, records)
     if folds is not None:
-        repair, calibrated = cross_fit_scores(found, records, experiment, _name(ground_truth), folds)
+        repair, calibrated = cross_fit_scores(found, records, experiment, annotation_name(ground_truth), folds)
         if out is not None:
             write_results(out, calibrated, records)
         return repair
-    repair, stored = repair_scores(found, records, experiment, _name(ground_truth))
+    repair, stored = repair_scores(found, records, experiment, annotation_name(ground_truth))
     if out is None:
         return repair
     write_atomically(out, (json.dumps(stored.state(), indent=1) + "\n").encode())
@@ -156,10 +156,10 @@ def evaluate_files(
     if stored is not None:
         stored.check_classes(records.class_names, str(calibrator))
     found = read_results(detections, records)
-    report, final = measure(found, records, stored, experiment.evaluation, _name(ground_truth))
+    report, final = measure(found, records, stored, experiment.evaluation, annotation_name(ground_truth))
     if out is not None:
         source = {"ground_truth": str(ground_truth), "results": str(detections)}
-        write_report(out, report, final, records, stored, source)
+        write_report(out, report, found, final, records, stored, source)
     return report
 
 
@@ -373,11 +373,6 @@ def _thresholds(
 def _matching_text(config: CalibrationConfig, evaluation: EvaluationConfig) -> str:
     limit = f"at most {evaluation.max_detections} detections an image and class"
     return f"COCO greedy matching, IoU {config.iou_threshold:g}, {limit}"
-
-
-def _name(ground_truth: Path) -> str:
-    """The annotation file with its folder: many data sets name the files of all splits alike."""
-    return "/".join(ground_truth.resolve().parts[-2:])
 
 
 def _joined(parts: Sequence[torch.Tensor], dtype: np.dtype[np.generic]) -> ndarray:

@@ -63,6 +63,14 @@ class StoredCalibrator(BaseModel):
                 f"{where}: fitted for the classes {_shown(self.class_names)}; asked to apply to {_shown(class_names)}"
             )
 
+    def notes(self, split: str) -> list[str]:
+        """What to know about calibrated numbers of `split`, one sentence each."""
+        origin = self.fitted_on
+        said = [f"calibrator: {origin.settings}; fitted on {origin.split}, {origin.images} images, {origin.matching}"]
+        if origin.split == split:
+            said.append("the calibrator was fitted on these very images: the calibrated numbers are too good")
+        return said
+
     @staticmethod
     def from_state(state: object, where: str) -> StoredCalibrator:
         """The stored calibrator of an untrusted state. Errors: DataError that lists what is wrong with it."""

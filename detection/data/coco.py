@@ -42,6 +42,11 @@ def read_coco(
     return _assemble(columns, chosen, images or Path(), annotations)
 
 
+def annotation_name(annotations: Path) -> str:
+    """The file's name with its folder's: many data sets name the files of all splits alike."""
+    return "/".join(annotations.resolve().parts[-2:])
+
+
 def choose_classes(known: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
     """Positions in `known` of the class names that are wanted, in the wanted order.
 

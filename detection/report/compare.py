@@ -39,13 +39,13 @@ def group_by_config(runs: Sequence[Measured]) -> list[Group]:
     keyed: dict[str, list[Measured]] = {}
     for i, measured in enumerate(runs):
         config = measured.run.config
-        settings = [_without_seed(config), measured.run.split, measured.run.before is None]
+        settings = [_without_seed(config), measured.run.split, measured.before is None]
         key = json.dumps(settings, sort_keys=True) if config else f"run {i}"
         keyed.setdefault(key, []).append(measured)
     groups = []
     for members in keyed.values():
         seeds = ", ".join(str(m.run.config.get("seed")) for m in members)
-        scores = "" if members[0].run.before is None else ", calibrated"
+        scores = "" if members[0].before is None else ", calibrated"
         first = f"{members[0].run.name}{scores}"
         name = first if len(members) == 1 else f"{first} and {len(members) - 1} more (seeds {seeds})"
         groups.append(Group(name, tuple(members)))

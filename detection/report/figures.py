@@ -57,8 +57,9 @@ def curve_figure(title: str, lines: Sequence[tuple[str, Float[ndarray, "101"]]],
     )
 
 
-def reliability(bins: ReliabilityBins, title: str) -> Figure:
+def reliability(measured: Measured) -> Figure:
     """Precision in each score bin with its Wilson interval against the diagonal, and the number of detections below."""
+    bins, title = measured.evaluation.reliability, measured.titled("Reliability")
     height, strip = 330.0, 60.0
     x, y = svg.Scale(0, 1, svg.LEFT, svg.WIDTH - svg.RIGHT), svg.Scale(0, 1, height - strip - 50, svg.TOP)
     most = float(bins.count.max(initial=1))
@@ -110,8 +111,8 @@ def score_histogram(measured: Measured) -> Figure:
     rows = tuple((f"{edges[i]:.2f} - {edges[i + 1]:.2f}", true[i], false[i]) for i in range(len(true)))
     total = f"{sum(true):,} true and {sum(false):,} false positives"
     return Figure(
-        title="Scores of true and false positives",
-        picture=svg.picture(parts, f"Histogram of scores: {total}."),
+        title=measured.titled("Scores of true and false positives"),
+        picture=svg.picture(parts, f"{measured.titled('Histogram of scores')}: {total}."),
         caption=f"{total} at IoU {measured.pool.case.iou_threshold:g}. The scale is logarithmic.",
         table=Table(("score", "true positives", "false positives"), rows, "Detections by score"),
         legend=(("s3", "true positives (up)"), ("s2", "false positives (down)")),
@@ -138,8 +139,8 @@ def size_figure(measured: Measured) -> Figure:
             parts.append(svg.bar(at[0] - half, at[1] - half, 2 * half, 2 * half, "fill s2"))
     said = "; ".join(f"{row[0]} pixels: mean score {row[2]:.2f}, precision {row[3]:.2f}" for row in rows if row[1])
     return Figure(
-        title="Calibration by box size",
-        picture=svg.picture(parts, f"Calibration by box size. {said}."),
+        title=measured.titled("Calibration by box size"),
+        picture=svg.picture(parts, f"{measured.titled('Calibration by box size')}. {said}."),
         caption="Detections in groups of about equal number by the square root of the box's area. Where the square "
         "lies above the disc's interval, scores of that size promise too much.",
         table=Table(
@@ -168,8 +169,8 @@ def place_figure(measured: Measured) -> Figure:
     worst = max(wide, key=lambda row: abs(float(row[4])), default=None)
     said = "" if worst is None else f" Largest gap {float(worst[4]):+.2f} at {worst[0]}."
     return Figure(
-        title="Calibration by position in the image",
-        picture=svg.picture(parts, f"Heat map of mean score minus precision over the image.{said}", n * side + 8),
+        title=measured.titled("Calibration by position in the image"),
+        picture=svg.picture(parts, f"{measured.titled('Heat map of mean score minus precision')}.{said}", n * side + 8),
         caption="Mean score minus precision by the box's centre, the image's top left first, with the number of "
         f"detections. Cells of fewer than {least} are not coloured.",
         table=Table(("place", "detections", "mean score", "precision", "gap", "d_ece"), tuple(rows)),

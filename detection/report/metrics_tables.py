@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Int
 from numpy import ndarray
 
+from detection.evaluation.evaluate import Evaluation
 from detection.report import curves
 from detection.report.confusion import top_confusions
 from detection.report.html import Cell, Table
@@ -61,24 +62,19 @@ MOST_CONFUSIONS = 30
 
 def metrics_table(measured: Measured, wanted: Mapping[str, str], caption: str) -> Table:
     """The wanted metrics with their intervals and settings, before calibration too where the run has that."""
-    evaluation, before = measured.evaluation, measured.run.before
+    evaluation = measured.evaluation
+    before = None if measured.before is None else measured.before.evaluation
     names = [name for name in wanted if name in evaluation.metrics]
     boot = measured.options.bootstrap
     headings = ["metric", "value"]
-    headings += [f"{boot.level * 100:g} % interval"] if evaluation.intervals else []
-    headings += ["before calibration"] if before is not None else []
+    interval = [f"{boot.level * 100:g} % interval"] if evaluation.intervals else []
+    headings += interval
+    headings += ["before calibration", *interval] if before is not None else []
     headings.append("meaning")
     rows: list[tuple[Cell, ...]] = []
     for name in names:
-        row: list[Cell] = [name, evaluation.metrics[name]]
-        if evaluation.intervals:
-            interval = evaluation.intervals.get(name)
-            undefined = interval is None or math.isnan(interval.low)
-            row.append("–" if interval is None or undefined else f"{interval.low:.4f} to {interval.high:.4f}")
-        if before is not None:
-            value = before.metrics.get(name)
-            row.append(math.nan if value is None else value)
-        rows.append((*row, wanted[name]))
+        row = [*_value(evaluation, name), *([] if before is None else _value(before, name))]
+        rows.append((name, *row, wanted[name]))
     settings = _settings(names, evaluation.settings)
     if evaluation.intervals:
         settings += (
@@ -86,6 +82,16 @@ def metrics_table(measured: Measured, wanted: Mapping[str, str], caption: str) -
             "errors lean upwards, as resampling adds noise to every bin",
         )
     return Table(tuple(headings), tuple(rows), caption, settings)
+
+
+def _value(evaluation: Evaluation, name: str) -> list[Cell]:
+    """The number, and its interval where intervals were asked for."""
+    value = evaluation.metrics[name]
+    if not evaluation.intervals:
+        return [value]
+    interval = evaluation.intervals.get(name)
+    undefined = interval is None or math.isnan(interval.low)
+    return [value, "–" if interval is None or undefined else f"{interval.low:.4f} to {interval.high:.4f}"]
 
 
 def class_table(measured: Measured) -> Table:

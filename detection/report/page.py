@@ -113,7 +113,7 @@ def _contents(parts: Sequence[tuple[str, str, list[str]]]) -> str:
 def _summary(measured: Measured) -> list[str]:
     run, evaluation = measured.run, measured.evaluation
     records = run.records
-    scores = "raw scores" if run.before is None else "calibrated scores"
+    scores = measured.scores or "scores"
     found = len(measured.matching.detections.scores)
     intro = (
         f"Split {run.split}: {len(records):,} images, {int((~records.crowd).sum()):,} objects of "
@@ -138,20 +138,23 @@ def _summary(measured: Measured) -> list[str]:
 
 def _accuracy(measured: Measured) -> list[str]:
     table = metrics_tables.metrics_table(measured, metrics_tables.ACCURACY, "Higher is better, but for LRP")
-    drawn = [*figures.precision_recall(measured), figures.score_histogram(measured)]
+    drawn = [*figures.precision_recall(measured), *(figures.score_histogram(one) for one in _both(measured))]
     return [html.table(table), html.gallery([html.figure(figure) for figure in drawn])]
 
 
 def _calibration(measured: Measured) -> list[str]:
     table = metrics_tables.metrics_table(measured, metrics_tables.CALIBRATION, "Errors of the scores: lower is better")
-    bins, before = measured.evaluation.reliability, measured.run.before_bins
     remark: list[str] = []
-    drawn = [figures.reliability(bins, "Reliability" if before is None else "Reliability, calibrated scores")]
-    if before is not None:
-        drawn.insert(0, figures.reliability(before, "Reliability, raw scores"))
+    if measured.before is not None:
         remark.append(html.paragraph(TARGET_REMARK.format(measured.pool.case.iou_threshold), "muted"))
-    drawn += [figures.size_figure(measured), figures.place_figure(measured)]
+    kinds = (figures.reliability, figures.size_figure, figures.place_figure)
+    drawn = [draw(one) for draw in kinds for one in _both(measured)]
     return [html.table(table), *remark, html.gallery([html.figure(figure) for figure in drawn])]
+
+
+def _both(measured: Measured) -> list[Measured]:
+    """Before calibration, where there is that, and after it."""
+    return [measured] if measured.before is None else [measured.before, measured]
 
 
 def _confusion(measured: Measured, counts: np.ndarray, shown: float) -> list[str]:
@@ -169,18 +172,20 @@ def _mistakes(measured: Measured, missed: int, most: int) -> list[str]:
         return [*parts, html.paragraph("There is no false detection.")]
     names = measured.run.records.class_names
     parts.append(html.paragraph(f"The {len(worst)} most confident false detections", "title"))
-    parts.append(html.paragraph("Solid orange: the detection. Dashed blue: annotated objects.", "muted"))
-    return [*parts, html.gallery([_mistake(mistake, names) for mistake in worst])]
+    legend = "Solid orange: the detection. Dashed blue: annotated objects."
+    legend += "" if measured.run.images else " The images were not given: boxes alone."
+    parts.append(html.paragraph(legend, "muted"))
+    return [*parts, html.gallery([_mistake(mistake, names, measured.run.images) for mistake in worst])]
 
 
-def _mistake(mistake: Mistake, names: Sequence[str]) -> str:
+def _mistake(mistake: Mistake, names: Sequence[str], images: bool) -> str:
     name = names[mistake.label]
     what = mistake.kind if mistake.other is None else f"{mistake.kind} (it is {names[mistake.other]})"
     iou = "" if mistake.kind == "nothing there" else f", IoU {mistake.iou:.2f}"
     box = ", ".join(f"{v:.0f}" for v in mistake.box.tolist())
     said = f"{name}, score {mistake.score:.3f}: {what}{iou}"
     place = f"{Path(mistake.record.path).name} (image {mistake.record.image_id}), box {box}"
-    picture = crop(mistake, f"{said}. {place}.")
+    picture = crop(mistake, f"{said}. {place}.", images)
     if picture is None:
         picture = f'<div class="missing">The image file cannot be read: {escape(mistake.record.path)}</div>'
     return f'<figure><p class="title">{escape(said)}</p>{picture}<figcaption>{escape(place)}</figcaption></figure>'

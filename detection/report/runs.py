@@ -1,25 +1,22 @@
-"""A run's evaluation on one split as the report reads it: detections, annotations, stored numbers, journal.
+"""A run's evaluation on one split as the report reads it: detections, annotations, notes, journal.
 
-metrics.json and ood.json are read only for what the detections cannot give: the numbers before calibration, and
-the uncertainties of images without annotations. Neither file is trusted.
+Numbers are recomputed from the detections. metrics.json and ood.json are read only for what the detections cannot
+give: notes, and the uncertainties of images without annotations. Neither file is trusted.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from jaxtyping import Float
 from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from detection.engine.journal import CONFIG, read_journal
 from detection.evaluation.average_precision import PrecisionRecall, accumulate
-from detection.evaluation.calibration_error import ReliabilityBins
 from detection.evaluation.calibration_metrics import used_rows
 from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from detection.evaluation.matching import COCO_CASES, Matching, Outcome, match, outcome
@@ -27,8 +24,8 @@ from detection.evaluation.results import read_results
 from detection.types import DataError, Detections, Records
 
 MAX_BYTES = 64 << 20
-MAX_BINS = 1000
-Column = list[float | None]
+DETECTIONS, RAW_DETECTIONS = "detections.json", "detections_raw.json"
+NO_RAW = "the scores are calibrated; those before calibration were not kept: evaluate the run again to see them"
 
 
 class _Lenient(BaseModel):
@@ -37,39 +34,10 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class StoredBins(_Lenient):
-    """A reliability diagram's numbers."""
-
-    edges: Column = Field(max_length=MAX_BINS + 1)
-    count: Column = Field(max_length=MAX_BINS)
-    mean_score: Column = Field(max_length=MAX_BINS)
-    precision: Column = Field(max_length=MAX_BINS)
-    low: Column = Field(max_length=MAX_BINS)
-    high: Column = Field(max_length=MAX_BINS)
-
-    def bins(self, where: Path) -> ReliabilityBins:
-        """The same as arrays. Errors: DataError where the columns do not fit together."""
-        n = len(self.count)
-        others = (self.mean_score, self.precision, self.low, self.high)
-        if len(self.edges) != n + 1 or any(len(column) != n for column in others):
-            raise DataError(f"{where}: reliability: the columns' lengths differ; expected {n} bins and {n + 1} edges")
-        counts = np.nan_to_num(_numbers(self.count)).astype(np.int64)
-        return ReliabilityBins(_numbers(self.edges), counts, *(_numbers(column) for column in others))
-
-
-class StoredEvaluation(_Lenient):
-    """The part of an evaluation that the report shows from the file."""
-
-    metrics: dict[str, float | None]
-    settings: dict[str, str] = {}
-    reliability: StoredBins
-
-
 class StoredReport(_Lenient):
     """metrics.json."""
 
-    raw: StoredEvaluation | None = None
-    calibrated: StoredEvaluation | None = None
+    calibrated: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -97,13 +65,14 @@ class RunResults:
     """The resolved configuration; empty for another detector's results."""
     records: Records
     detections: Sequence[Detections]
-    """With the scores that users see: calibrated ones where the run has a calibrator."""
-    before: StoredEvaluation | None
-    """The numbers before calibration; None where the scores are raw."""
-    before_bins: ReliabilityBins | None
-    notes: tuple[str, ...]
-    journal: Sequence[dict[str, Any]]
-    ood: StoredOod | None
+    """With the scores that users see: calibrated ones where there is a calibrator."""
+    raw: Sequence[Detections] | None = None
+    """The same with the scores before calibration; None where there was none."""
+    notes: tuple[str, ...] = ()
+    journal: Sequence[dict[str, Any]] = ()
+    ood: StoredOod | None = None
+    images: bool = True
+    """Whether the image files are at hand."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +86,14 @@ class Measured:
     pool: Outcome
     """At the IoU threshold of calibration."""
     precision_recall: PrecisionRecall
+    before: Measured | None = None
+    """The same with the scores before calibration; None where there was none."""
+    scores: str = ""
+    """Which scores, where there are two kinds: "raw scores" or "calibrated scores"."""
+
+    def titled(self, title: str) -> str:
+        """The title of a picture of these scores."""
+        return f"{title}, {self.scores}" if self.scores else title
 
     @property
     def used(self) -> ndarray:
@@ -127,20 +104,19 @@ class Measured:
 def read_run(folder: Path, split: str, records: Records, config: dict[str, Any]) -> RunResults:
     """The results in RUN/evaluation/SPLIT. Errors: DataError that says what is missing or malformed."""
     place = folder / "evaluation" / split
-    if not (place / "detections.json").is_file():
-        raise DataError(f"{place}: no detections.json; evaluate the run on split {split!r} first (tools/eval.py)")
+    if not (place / DETECTIONS).is_file():
+        raise DataError(f"{place}: no {DETECTIONS}; evaluate the run on split {split!r} first (tools/eval.py)")
     stored = _read(StoredReport, place / "metrics.json") or StoredReport()
-    before = None if stored.calibrated is None else stored.raw
-    bins = None if before is None else before.reliability.bins(place / "metrics.json")
+    kept = (place / RAW_DETECTIONS).is_file()
+    lost = stored.calibrated is not None and not kept
     return RunResults(
         name=folder.name or str(folder),
         split=split,
         config=config,
         records=records,
-        detections=read_results(place / "detections.json", records),
-        before=before,
-        before_bins=bins,
-        notes=stored.notes,
+        detections=read_results(place / DETECTIONS, records),
+        raw=read_results(place / RAW_DETECTIONS, records) if kept else None,
+        notes=(*stored.notes, NO_RAW) if lost else stored.notes,
         journal=read_journal(folder),
         ood=_read(StoredOod, place / "ood.json"),
     )
@@ -159,12 +135,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def measure(run: RunResults, options: EvaluationConfig) -> Measured:
     """All numbers of the run's detections, recomputed. Errors: DataError for malformed detections."""
+    if run.raw is None:
+        return _measure(run, run.detections, options)
+    before = replace(_measure(run, run.raw, options), scores="raw scores")
+    return replace(_measure(run, run.detections, options), before=before, scores="calibrated scores")
+
+
+def _measure(run: RunResults, detections: Sequence[Detections], options: EvaluationConfig) -> Measured:
     cases = tuple(dict.fromkeys((*COCO_CASES, *options.calibration.cases())))
-    matching = match(run.detections, run.records, cases, options.max_detections)
+    matching = match(detections, run.records, cases, options.max_detections)
     return Measured(
         run=run,
         options=options,
-        evaluation=evaluate(run.detections, run.records, options, run.split),
+        evaluation=evaluate(detections, run.records, options, run.split),
         matching=matching,
         pool=outcome(matching, options.calibration.case()),
         precision_recall=accumulate(matching),
@@ -200,7 +183,3 @@ def _load(path: Path) -> Any:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not JSON: {error}") from None
-
-
-def _numbers(column: Sequence[float | None]) -> Float[ndarray, "n"]:
-    return np.array([np.nan if value is None else value for value in column], np.float64)

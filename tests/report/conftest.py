@@ -53,7 +53,7 @@ def measured_of(
                 torch.tensor([d[2] for d in own], dtype=torch.int64),
             )
         )
-    run = RunResults(name, "test", config or {}, records, detections, None, None, (), [], None)
+    run = RunResults(name, "test", config or {}, records, detections)
     return measure(run, EvaluationConfig())
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 from detection.evaluation.evaluate import EvaluationConfig
 from detection.evaluation.results import write_results
+from detection.report.metrics_tables import metrics_table
 from detection.report.page import Choices, report, write_report
-from detection.report.runs import RunResults, read_run
+from detection.report.runs import NO_RAW, RunResults, measure, read_run
 from detection.types import DataError, Detections, Records
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
@@ -158,30 +159,57 @@ def test_nothing_detected_and_nothing_annotated(tmp_path: Path) -> None:
         Page(report([(changed, EvaluationConfig())], Choices(resamples=5)))
 
 
-def test_before_and_after_calibration(tmp_path: Path) -> None:
-    bins = {"edges": [0, 0.5, 1], "count": [3, 0], "mean_score": [0.25, None], "precision": [0.5, None]}
-    block = {
-        "metrics": {"ap": 0.4321, "d_ece": 0.1234},
-        "reliability": {**bins, "low": [0.1, None], "high": [0.9, None]},
-    }
-    run = make_run(tmp_path / "run", metrics={"raw": block, "calibrated": block})
-    text = report([(run, EvaluationConfig())], Choices(resamples=0))
-    assert "Reliability, raw scores" in text
-    assert "Reliability, calibrated scores" in text
-    assert "before calibration" in text
-    assert "0.1234" in text
+def halved(run: RunResults) -> RunResults:
+    """The run as a calibrator that halves every score leaves it."""
+    after = [Detections(d.image_id, d.boxes, d.scores / 2, d.labels) for d in run.detections]
+    return replace(run, detections=after, raw=run.detections)
+
+
+def test_pictures_and_numbers_before_and_after_calibration(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = report([(run, EvaluationConfig())], Choices(resamples=0))
+    assert "raw scores" not in page
+    text = report([(halved(run), EvaluationConfig())], Choices(resamples=5))
+    for title in ("Reliability", "Calibration by box size", "Calibration by position", "Scores of true and false"):
+        titles = [part.split("</p>")[0] for part in text.split('<p class="title">')[1:] if part.startswith(title)]
+        assert [t.split(", ")[-1] for t in titles] == ["raw scores", "calibrated scores"]
+    raw = measure(run, EvaluationConfig())
+    both = measure(halved(run), EvaluationConfig())
+    assert both.before is not None
+    for name in ("ap", "d_ece", "brier", "precision"):
+        assert both.before.evaluation.metrics[name] == raw.evaluation.metrics[name]
+    assert both.evaluation.metrics["d_ece"] != raw.evaluation.metrics["d_ece"]
+    row = next(row for row in metrics_table(both, {"d_ece": ""}, "").rows if row[0] == "d_ece")
+    assert row[1:3] == (both.evaluation.metrics["d_ece"], raw.evaluation.metrics["d_ece"])
+
+
+def test_raw_detections_are_read_where_they_were_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = make_run(folder, metrics={"calibrated": {}, "notes": ["a note"]})
+    assert run.raw is None
+    assert run.notes == ("a note", NO_RAW)
+    place = folder / "evaluation" / "test"
+    (place / "detections_raw.json").write_bytes((place / "detections.json").read_bytes())
+    again = read_run(folder, "test", run.records, {})
+    assert again.raw is not None
+    assert again.raw[0].scores.tolist() == again.detections[0].scores.tolist()
+    assert again.notes == ("a note",)
+
+
+def test_mistakes_without_images_are_boxes_alone(tmp_path: Path) -> None:
+    run = replace(make_run(tmp_path / "run"), images=False)
+    text = report([(run, EvaluationConfig())], Choices(resamples=0, mistakes=3))
+    page = Page(text)
+    assert page.all("image") == []
+    assert "boxes alone" in text
+    assert len([box for box in page.all("rect") if box["class"] == "found"]) == 3
+    assert "cannot be read" not in text
 
 
 def test_malformed_files_are_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     stored = tmp_path / "run" / "evaluation" / "test" / "metrics.json"
-    bad = {"edges": [0, 1], "count": [1, 2], "mean_score": [], "precision": [], "low": [], "high": []}
-    block = {"metrics": {}, "reliability": bad}
-    for content, message in (
-        ("[", "not JSON"),
-        ('{"raw": 3}', "raw"),
-        (json.dumps({"raw": block, "calibrated": block}), "lengths differ"),
-    ):
+    for content, message in (("[", "not JSON"), ('{"calibrated": 3}', "calibrated"), ('{"notes": [1]}', "notes")):
         stored.write_text(content)
         with pytest.raises(DataError, match=message):
             read_run(tmp_path / "run", "test", run.records, {})
