@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from detection.config import Section
 from detection.distributed import sum_across_ranks, world_size
+from detection.losses.adafocal import AdaFocal
 from detection.losses.box import BoxLoss, SmoothL1Config
 from detection.losses.focal import FocalConfig
 from detection.losses.foreground import Activation, box_quality, foreground
@@ -104,19 +106,25 @@ class Criterion(nn.Module):
             quality = box_quality(predictions, matches)
             losses = [self.classification(*level, scale, q) for level, q in zip(levels, quality, strict=True)]
         else:
-            losses = [self.classification(*level, scale) for level in levels]
+            losses = [self._loss_of(index)(*level, scale) for index, level in enumerate(levels)]
         return torch.stack(losses).sum()
+
+    def _loss_of(self, level: int) -> Callable[..., Tensor]:
+        """The classification loss of one pyramid level; AdaFocal may have a table for each."""
+        if isinstance(self.classification, AdaFocal):
+            return partial(self.classification, level=level)
+        return self.classification
 
     def _classify_by_image(self, predictions: Predictions, matches: Matches, scale: Tensor) -> Tensor:
         quality = box_quality(predictions, matches) if self.uses_quality else [None] * len(predictions.logits)
         losses = []
-        for logits, labels, index, own in zip(
-            predictions.logits, matches.labels, matches.positives, quality, strict=True
+        for level, (logits, labels, index, own) in enumerate(
+            zip(predictions.logits, matches.labels, matches.positives, quality, strict=True)
         ):
             for n in range(len(logits)):
                 image = (logits[n : n + 1], labels[n : n + 1], scale[n])
                 rest = () if own is None else (own[index // labels.shape[1] == n],)
-                losses.append(self.classification(*image, *rest))
+                losses.append(self._loss_of(level)(*image, *rest))
         return torch.stack(losses).sum()
 
     def _calibrate(self, predictions: Predictions, matches: Matches) -> Tensor:
