@@ -1,16 +1,19 @@
-"""COCO's AP and AR when images count with weights: what a bootstrap needs, without matching again.
+"""COCO's AP and AR, and VOC's AP, when images count with weights: what a bootstrap needs, without matching again.
 
 Matches do not depend on other images, so a resample only changes how often each detection and object counts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
+from scipy import sparse
 
-from detection.evaluation.average_precision import COCO_METRICS, RECALLS
-from detection.evaluation.image_sums import Weights, mean_over_groups, objects_by_class
+from detection.evaluation.average_precision import COCO_METRICS, RECALLS, VOC_RECALLS, voc_outcome
+from detection.evaluation.image_sums import Weights, mean_over_groups, objects_by_class, sum_by
 from detection.evaluation.matching import (
     AREA_RANGES,
     COCO_THRESHOLDS,
@@ -39,6 +42,50 @@ def coco_samples(matching: Matching, weights: Weights) -> dict[str, Float[ndarra
             values[f"ap_{area}"] = mean_over_groups(flat)
             values[f"ar_{area}"] = mean_over_groups(recall[2].reshape(flat.shape))
     return {name: values[name] for name in COCO_METRICS}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VocSums:
+    """VOC's AP at IoU 0.5, by both of its rules. Precision is looked at where a detection is true: rows are those."""
+
+    image: Int[ndarray, "n"]
+    """Of the true detections, by class and falling score."""
+    shown: sparse.csr_matrix
+    """(n, images) detections that count, of the same class, from this one up to the one before."""
+    offsets: Int[ndarray, "K_1"]
+    """Rows of class k are offsets[k]:offsets[k + 1]. K_1 is K + 1."""
+    objects: sparse.csr_matrix
+    """(classes, images)."""
+
+    def samples(self, weights: Weights) -> dict[str, Float[ndarray, "B"]]:
+        objects, counted = self.objects @ weights, self.shown @ weights
+        area, eleven = np.full(objects.shape, np.nan), np.full(objects.shape, np.nan)
+        for k in np.flatnonzero(objects.any(axis=1)):
+            rows = slice(self.offsets[k], self.offsets[k + 1])
+            true, seen = np.cumsum(weights[self.image[rows]], axis=0), np.cumsum(counted[rows], axis=0)
+            present = objects[k] > 0
+            recall = true / np.where(present, objects[k], 1.0)
+            best = _best_precision(true, seen)
+            area[k] = np.where(present, (np.diff(recall, axis=0, prepend=0) * best).sum(axis=0), np.nan)
+            eleven[k] = np.where(present, _interpolated(best, recall, VOC_RECALLS), np.nan)
+        return {"ap50_voc": mean_over_groups(area), "ap50_voc07": mean_over_groups(eleven)}
+
+
+def voc_sums(matching: Matching) -> VocSums:
+    """What VOC's AP needs from each image."""
+    found = matching.detections
+    correct, ignored = voc_outcome(matching, 0.5)
+    hits, rows = np.flatnonzero(correct), np.flatnonzero(~ignored)
+    row = np.searchsorted(hits, rows)
+    rows, row = rows[row < len(hits)], row[row < len(hits)]
+    same = found.labels[hits[row]] == found.labels[rows]
+    shape = (len(hits), matching.num_images)
+    return VocSums(
+        image=found.image[hits],
+        shown=sum_by(row[same], found.image[rows[same]], np.ones(int(same.sum())), shape),
+        offsets=np.searchsorted(hits, matching.class_offsets),
+        objects=objects_by_class(matching),
+    )
 
 
 def optimal_lrp_samples(matching: Matching, pool: Outcome, weights: Weights) -> Float[ndarray, "B"]:
@@ -84,7 +131,8 @@ def _area_samples(
             # Matched detections count if their object does, others if they lie in the area range themselves.
             change = np.cumsum(counted * (is_hit.astype(float) - within[matched])[:, None], axis=0)
             seen = passed[matched - span.start] + change
-            precision[t, k] = _average_precision(true[is_hit], seen[is_hit], np.where(absent, 1.0, objects[k]))
+            recalled = true[is_hit] / np.where(absent, 1.0, objects[k])
+            precision[t, k] = _interpolated(_best_precision(true[is_hit], seen[is_hit]), recalled, RECALLS)
             for m, limit in enumerate((1, 10, np.inf)):
                 best = is_hit & (found.rank[matched] < limit)
                 recall[m, t, k] = counted[best].sum(axis=0) / np.where(absent, 1.0, objects[k])
@@ -101,16 +149,20 @@ def _events(
     return matching.pairs.detection[rows], regular[matching.pairs.object[rows]]
 
 
-def _average_precision(
-    true: Float[ndarray, "n B"], seen: Float[ndarray, "n B"], objects: Float[ndarray, "B"]
-) -> Float[ndarray, "B"]:
-    """COCO's 101-point AP from the running counts at true positives, a column at a time."""
+def _best_precision(true: Float[ndarray, "n B"], seen: Float[ndarray, "n B"]) -> Float[ndarray, "n B"]:
+    """The highest precision from each true positive on, from the running counts there."""
     precision = np.divide(true, seen, out=np.zeros(true.shape), where=seen > 0)
-    best = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    # Of the recalls 0, .01, ..., 1, those first reached at a true positive take the best precision from there on.
+    best: Float[ndarray, "n B"] = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    return best
+
+
+def _interpolated(
+    best: Float[ndarray, "n B"], recall: Float[ndarray, "n B"], levels: Float[ndarray, "levels"]
+) -> Float[ndarray, "B"]:
+    """AP as the mean over equally spaced recall levels from 0 to 1, a column at a time."""
+    # Of the levels, those first reached at a true positive take the best precision from there on.
     # A recall may miss its level by the rounding of the level (0.35 does): compared as COCO's code compares them.
-    recall = true / objects
-    level = np.floor(100 * recall + 1e-9).astype(np.int64)
-    reached = np.where(true > 0, level + (recall >= RECALLS[level]), 0)
-    area: Float[ndarray, "B"] = (best * np.diff(reached, axis=0, prepend=0)).sum(axis=0) / 101
+    below = np.floor((len(levels) - 1) * recall + 1e-9).astype(np.int64)
+    reached = np.where(recall > 0, below + (recall >= levels[below]), 0)
+    area: Float[ndarray, "B"] = (best * np.diff(reached, axis=0, prepend=0)).sum(axis=0) / len(levels)
     return area

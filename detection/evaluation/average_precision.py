@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from detection.evaluation.matching import (
@@ -23,6 +23,7 @@ from detection.evaluation.matching import (
 )
 
 RECALLS = np.linspace(0.0, 1.0, 101)
+VOC_RECALLS = np.linspace(0.0, 1.0, 11)
 COCO_METRICS = (
     "ap",
     "ap50",
@@ -106,7 +107,7 @@ def voc_ap(matching: Matching, iou_threshold: float = 0.5, *, eleven_points: boo
     detection has claimed makes it a false positive. Boxes are continuous: VOC's own code adds one pixel to each side.
     The matching must have a case at or below `iou_threshold`.
     """
-    correct, ignored = _voc_outcome(matching, iou_threshold)
+    correct, ignored = voc_outcome(matching, iou_threshold)
     objects = num_objects(matching, "all")
     values = np.full(matching.num_classes, np.nan)
     for k in np.flatnonzero(objects):
@@ -116,11 +117,30 @@ def voc_ap(matching: Matching, iou_threshold: float = 0.5, *, eleven_points: boo
         precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
         best = np.maximum.accumulate(precision[::-1])[::-1]
         if eleven_points:
-            points = np.searchsorted(recall, np.linspace(0, 1, 11), side="left")
+            points = np.searchsorted(recall, VOC_RECALLS, side="left")
             values[k] = sum(best[i] for i in points if i < len(best)) / 11
         else:
             values[k] = float(np.sum(np.diff(recall, prepend=0.0) * best))
     return values
+
+
+def voc_outcome(matching: Matching, iou_threshold: float) -> tuple[Bool[ndarray, "D"], Bool[ndarray, "D"]]:
+    """Which detections are true, and which are ignored, by Pascal VOC's rule."""
+    pairs, found = matching.pairs, matching.detections
+    starts = np.unique(pairs.detection, return_index=True)[1]
+    best = np.maximum.reduceat(pairs.iou, starts) if len(starts) else np.zeros(0)
+    most = np.flatnonzero(pairs.iou == np.repeat(best, np.diff(starts, append=len(pairs.iou))))
+    first = most[np.unique(pairs.detection[most], return_index=True)[1]]
+    first = first[pairs.iou[first] >= iou_threshold]
+    difficult = matching.objects.crowd[pairs.object[first]]
+    ignored = np.zeros(len(found.scores), bool)
+    ignored[pairs.detection[first[difficult]]] = True
+    claims = first[~difficult]
+    # Rows are by class and falling score, so the first claim of an object is the best-scored one.
+    winners = claims[np.unique(pairs.object[claims], return_index=True)[1]]
+    correct = np.zeros(len(found.scores), bool)
+    correct[pairs.detection[winners]] = True
+    return correct, ignored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,24 +187,6 @@ def _sample(precision: Float[ndarray, "n"], needed: Int[ndarray, "101"]) -> Floa
         return np.zeros(len(needed))
     best = np.maximum.accumulate(precision[::-1])[::-1]
     return np.where(needed <= len(best), best[np.minimum(needed, len(best)) - 1], 0.0)
-
-
-def _voc_outcome(matching: Matching, iou_threshold: float) -> tuple[ndarray, ndarray]:
-    pairs, found = matching.pairs, matching.detections
-    starts = np.unique(pairs.detection, return_index=True)[1]
-    best = np.maximum.reduceat(pairs.iou, starts) if len(starts) else np.zeros(0)
-    most = np.flatnonzero(pairs.iou == np.repeat(best, np.diff(starts, append=len(pairs.iou))))
-    first = most[np.unique(pairs.detection[most], return_index=True)[1]]
-    first = first[pairs.iou[first] >= iou_threshold]
-    difficult = matching.objects.crowd[pairs.object[first]]
-    ignored = np.zeros(len(found.scores), bool)
-    ignored[pairs.detection[first[difficult]]] = True
-    claims = first[~difficult]
-    # Rows are by class and falling score, so the first claim of an object is the best-scored one.
-    winners = claims[np.unique(pairs.object[claims], return_index=True)[1]]
-    correct = np.zeros(len(found.scores), bool)
-    correct[pairs.detection[winners]] = True
-    return correct, ignored
 
 
 def _mean(values: ndarray) -> float:

@@ -1,7 +1,8 @@
 """Bootstrap intervals over images, for every number at once, and the paired difference of two results.
 
 Images are drawn with replacement; a resample is a column of counts, so that thousands of them are matrix products over
-per-image sums. Nothing is matched again. ECE_EM keeps the bin edges of the full result, D-ECE by position its cells.
+per-image sums. Nothing is matched again. ECE_EM keeps the bin edges of the full result, D-ECE by position or size (and
+what these cover) its full cells.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy import ndarray
 from pydantic import Field
 
 from detection.config import Section
-from detection.evaluation.ap_samples import coco_samples, optimal_lrp_samples
+from detection.evaluation.ap_samples import coco_samples, optimal_lrp_samples, voc_sums
 from detection.evaluation.calibration_metrics import Metric
 from detection.evaluation.image_sums import ImageSums, Weights, lrp_sums
 from detection.evaluation.matching import Matching, Outcome
@@ -81,10 +82,11 @@ def samples(
         return {}
     sums = {name: metric.rows.sums(matching.num_images) for name, metric in metrics.items()}
     lrp = lrp_sums(matching, localised)
+    voc = [voc_sums(matching)] if config.average_precision else []
     parts: dict[str, list[ndarray]] = {}
     for weights in resample_weights(matching.num_images, config.resamples, config.seed, _block(matching, metrics)):
         values = {name: one.samples(weights) for name, one in sums.items()}
-        for more in (lrp, *others):
+        for more in (lrp, *others, *voc):
             values.update(more.samples(weights))
         if config.average_precision:
             values.update(coco_samples(matching, weights))

@@ -11,6 +11,7 @@ from numpy import ndarray
 from pydantic import Field
 
 from detection.config import Section
+from detection.evaluation.best_overlap import best_objects, best_overlap_outcome
 from detection.evaluation.calibration_error import (
     BinRule,
     bin_index,
@@ -18,16 +19,26 @@ from detection.evaluation.calibration_error import (
     equal_mass_edges,
     negative_log_likelihood,
 )
-from detection.evaluation.image_sums import ErrorRows, objects_by_class
+from detection.evaluation.image_sums import BrierSums, ErrorRows, ImageSums, ShareSums, objects_by_class, sum_by
 from detection.evaluation.localisation_error import localisation_target
 from detection.evaluation.matching import ANY_OVERLAP, AREA_RANGES, Case, Matching, Outcome, outcome
 from detection.evaluation.position_error import box_features
 from detection.types import Records
 
+MatchingRule = Literal["coco", "best_overlap"]
+RULES: dict[MatchingRule, str] = {
+    "coco": "COCO greedy matching",
+    "best_overlap": "judged by the most overlapped object of any class (duplicates are true, crowds are boxes)",
+}
+
 
 class CalibrationConfig(Section):
     """What makes a detection true, which detections enter, and the bins."""
 
+    matching: MatchingRule = "coco"
+    """"coco": an object makes one detection true, others that find it are false. "best_overlap" (the rule of netcal's
+    examples): a detection is true if the object that it overlaps most, of any class, has its class and reaches the
+    IoU; duplicates are all true, crowds are boxes. AP, LRP, LaECE and LaACE always go by "coco"."""
     iou_threshold: float = Field(0.5, ge=0, le=1)
     """IoU from which a detection is true, in every number whose target is true or false."""
     score_threshold: float = Field(0.0, ge=0, le=1)
@@ -93,21 +104,41 @@ def calibration_metrics(matching: Matching, records: Records, config: Calibratio
     Errors: ValueError for a score that is not a probability.
     """
     check_scores(matching.detections.scores)
-    table = _pooled(matching, config)
-    table.update(_by_size_range(matching, config))
-    table.update(_by_position(matching, records, config))
-    table.update(_localisation(matching, config))
-    return table
+    pools = judge(matching, config, tuple(AREA_RANGES))
+    used = {area: _true_or_false(matching, pool, config) for area, pool in pools.items()}
+    return {
+        **_pooled(matching, used["all"], config),
+        **_by_size_range(used, config),
+        **_by_position(matching, records, used["all"], config),
+        **_localisation(matching, config),
+    }
 
 
-def covered_shares(metrics: dict[str, Metric], config: CalibrationConfig) -> dict[str, float]:
-    """For D-ECE by position and by size, the share of detections in cells that are full enough."""
-    shares = {}
+def judge(matching: Matching, config: CalibrationConfig, areas: tuple[str, ...] = ("all",)) -> dict[str, Outcome]:
+    """What became of every detection by the config's matching rule, for each area range."""
+    if config.matching == "coco":
+        return {area: outcome(matching, Case(config.iou_threshold, area)) for area in areas}
+    best = best_objects(matching)
+    return {area: best_overlap_outcome(matching, best, Case(config.iou_threshold, area)) for area in areas}
+
+
+def further_sums(
+    matching: Matching, pool: Outcome, metrics: dict[str, Metric], config: CalibrationConfig
+) -> list[ImageSums]:
+    """What the parts of the Brier score need from each image; and the shares of detections that D-ECE by position and
+    by size covers: those in cells that are full enough."""
+    used = _true_or_false(matching, pool, config)
+    shape = (config.bins, matching.num_images)
+    bins, ones = _equal_bins(used, config), np.ones(len(used.scores))
+    columns = [sum_by(bins, used.image, values, shape) for values in (ones, used.scores, used.targets)]
+    found: list[ImageSums] = [BrierSums(*columns)]
     for name in ("d_ece_position", "d_ece_size"):
-        bins = metrics[name].rows.bins
-        full = np.bincount(bins, minlength=1)[bins] >= config.position_min_count
-        shares[f"{name}_covered"] = float(full.mean()) if len(bins) else float("nan")
-    return shares
+        rows = metrics[name].rows
+        full = np.bincount(rows.bins, minlength=1)[rows.bins] >= config.position_min_count
+        none = np.zeros(len(full), np.int64)
+        columns = [sum_by(none, rows.image, values, (1, matching.num_images)) for values in (full.astype(float), ones)]
+        found.append(ShareSums(f"{name}_covered", *columns))
+    return found
 
 
 def used_rows(matching: Matching, pool: Outcome, config: CalibrationConfig) -> Bool[ndarray, "D"]:
@@ -116,11 +147,10 @@ def used_rows(matching: Matching, pool: Outcome, config: CalibrationConfig) -> B
     return used
 
 
-def _pooled(matching: Matching, config: CalibrationConfig) -> dict[str, Metric]:
-    used = _true_or_false(matching, outcome(matching, config.case()), config)
+def _pooled(matching: Matching, used: _Used, config: CalibrationConfig) -> dict[str, Metric]:
     gap, none = used.targets - used.scores, np.zeros(len(used.scores), np.int64)
     bins = _equal_bins(used, config)
-    text = f"COCO greedy matching, IoU {config.iou_threshold:g}"
+    text = _rule(config)
     equal = f"{text}, {config.bins} bins ({config.bin_rule})"
     end = f"score >= {config.score_threshold:g}, pooled over classes"
     classes = matching.num_classes
@@ -148,24 +178,22 @@ def _pooled(matching: Matching, config: CalibrationConfig) -> dict[str, Metric]:
     }
 
 
-def _by_size_range(matching: Matching, config: CalibrationConfig) -> dict[str, Metric]:
+def _by_size_range(by_area: dict[str, _Used], config: CalibrationConfig) -> dict[str, Metric]:
     table = {}
-    for area in AREA_RANGES:
+    for area, used in by_area.items():
         if area == "all":
             continue
-        used = _true_or_false(matching, outcome(matching, Case(config.iou_threshold, area)), config)
         none = np.zeros(len(used.scores), np.int64)
         bins, gap = _equal_bins(used, config), used.targets - used.scores
         table[f"d_ece_{area}"] = Metric(
             ErrorRows(used.image, none, bins, gap, 1, config.bins),
-            f"COCO greedy matching, IoU {config.iou_threshold:g}, {config.bins} bins ({config.bin_rule}), "
+            f"{_rule(config)}, {config.bins} bins ({config.bin_rule}), "
             f"score >= {config.score_threshold:g}, pooled over classes, {area} objects",
         )
     return table
 
 
-def _by_position(matching: Matching, records: Records, config: CalibrationConfig) -> dict[str, Metric]:
-    used = _true_or_false(matching, outcome(matching, config.case()), config)
+def _by_position(matching: Matching, records: Records, used: _Used, config: CalibrationConfig) -> dict[str, Metric]:
     features = box_features(matching, records)[used.rows]
     n, none = config.position_bins, np.zeros(len(used.scores), np.int64)
     index = np.clip(np.searchsorted(np.linspace(0, 1, n + 1), features, side="right") - 1, 0, n - 1)
@@ -175,7 +203,7 @@ def _by_position(matching: Matching, records: Records, config: CalibrationConfig
         full = np.bincount(cell, minlength=1)[cell] >= config.position_min_count
         table[f"d_ece_{name}"] = Metric(
             ErrorRows(used.image, none, cell, np.where(full, used.targets - used.scores, 0.0), 1, n**3),
-            f"COCO greedy matching, IoU {config.iou_threshold:g}, {n} x {n} x {n} bins of score and {name}, "
+            f"{_rule(config)}, {n} x {n} x {n} bins of score and {name}, "
             f"cells of at least {config.position_min_count}, score >= {config.score_threshold:g}, pooled over classes",
         )
     return table
@@ -204,6 +232,10 @@ def _localisation(matching: Matching, config: CalibrationConfig) -> dict[str, Me
             f"{text}, mean over classes with objects and detections",
         ),
     }
+
+
+def _rule(config: CalibrationConfig) -> str:
+    return f"{RULES[config.matching]}, IoU {config.iou_threshold:g}"
 
 
 def _true_or_false(matching: Matching, pool: Outcome, config: CalibrationConfig) -> _Used:

@@ -16,13 +16,14 @@ from detection.config import ConfigError, Section
 from detection.evaluation import bootstrap
 from detection.evaluation.average_precision import accumulate, class_ap, coco_metrics, voc_ap
 from detection.evaluation.bootstrap import BootstrapConfig, Difference, Interval
-from detection.evaluation.calibration_error import ReliabilityBins, brier_parts, class_mean
+from detection.evaluation.calibration_error import ReliabilityBins, class_mean
 from detection.evaluation.calibration_error import reliability as reliability_bins
 from detection.evaluation.calibration_metrics import (
     CalibrationConfig,
     Metric,
     calibration_metrics,
-    covered_shares,
+    further_sums,
+    judge,
     used_rows,
 )
 from detection.evaluation.image_sums import ImageSums, values_of
@@ -86,8 +87,8 @@ class _Matched:
     calibration: dict[str, Metric]
     pool: Outcome
     localised: Outcome
-    points: tuple[ImageSums, ...]
-    """Precision and recall at score thresholds."""
+    sums: tuple[ImageSums, ...]
+    """Of the numbers that are neither in `calibration` nor AP or LRP."""
 
 
 def evaluate(
@@ -110,19 +111,14 @@ def evaluate(
     table = accumulate(matching)
     voc, voc07 = voc_ap(matching), voc_ap(matching, eleven_points=True)
     lrp, best = lrp_error(matching, matched.localised), optimal_lrp(matching, matched.localised)
-    parts = brier_parts(scores, targets, config.calibration.bins, rule)
     metrics = {
         **coco_metrics(table),
         "ap50_voc": class_mean(voc),
         "ap50_voc07": class_mean(voc07),
         **{name: metric.rows.value() for name, metric in matched.calibration.items()},
-        **covered_shares(matched.calibration, config.calibration),
-        "brier_reliability": parts.reliability,
-        "brier_resolution": parts.resolution,
-        "brier_uncertainty": parts.uncertainty,
         **_lrp_means(lrp, best),
     }
-    for sums in matched.points:
+    for sums in matched.sums:
         metrics |= values_of(sums, len(records))
     per_class = {
         "objects": pool.num_objects.astype(float).tolist(),
@@ -178,7 +174,7 @@ def resampled(
 ) -> dict[str, Float[ndarray, "B"]]:
     """Every number in every resample of the images; the same seed draws the same images for any detections."""
     matched = _match(detections, records, config)
-    return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap, matched.points)
+    return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap, matched.sums)
 
 
 def _match(detections: Sequence[Detections], records: Records, config: EvaluationConfig) -> _Matched:
@@ -186,12 +182,15 @@ def _match(detections: Sequence[Detections], records: Records, config: Evaluatio
     matching = match(detections, records, cases, config.max_detections)
     _require_probabilities(matching.detections.scores)
     half = outcome(matching, Case(0.5))
+    calibration = calibration_metrics(matching, records, config.calibration)
+    pool = judge(matching, config.calibration)["all"]
     return _Matched(
         matching,
-        calibration_metrics(matching, records, config.calibration),
-        outcome(matching, config.calibration.case()),
+        calibration,
+        pool,
         outcome(matching, config.calibration.localisation_case()),
         (
+            *further_sums(matching, pool, calibration, config.calibration),
             point_sums(matching, half, matching.detections.scores >= config.display_score_threshold),
             best_f1_sums(matching, half),
         ),
@@ -199,7 +198,7 @@ def _match(detections: Sequence[Detections], records: Records, config: Evaluatio
 
 
 def _intervals(matched: _Matched, config: BootstrapConfig) -> dict[str, Interval]:
-    drawn = bootstrap.samples(matched.matching, matched.calibration, matched.localised, config, matched.points)
+    drawn = bootstrap.samples(matched.matching, matched.calibration, matched.localised, config, matched.sums)
     return {name: bootstrap.interval(values, config.level) for name, values in drawn.items()}
 
 

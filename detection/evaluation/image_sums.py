@@ -117,14 +117,39 @@ def _over_groups(rows: ErrorRows, error: Float[ndarray, "G B"]) -> Float[ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RatioSums:
-    """A ratio of sums over groups, averaged over the groups whose denominator is not 0 (precision, recall)."""
+class ShareSums:
+    """A share of the detections; matrices are (1, images)."""
 
-    numerator: sparse.csr_matrix
-    denominator: sparse.csr_matrix
+    name: str
+    part: sparse.csr_matrix
+    whole: sparse.csr_matrix
 
-    def samples(self, weights: Weights) -> Float[ndarray, "B"]:
-        return mean_over_groups(_ratio(self.numerator @ weights, self.denominator @ weights))
+    def samples(self, weights: Weights) -> dict[str, Float[ndarray, "B"]]:
+        return {self.name: _ratio(self.part @ weights, self.whole @ weights)[0]}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BrierSums:
+    """Murphy's parts of the Brier score over bins, where targets are 0 and 1; matrices are (bins, images)."""
+
+    count: sparse.csr_matrix
+    score: sparse.csr_matrix
+    target: sparse.csr_matrix
+
+    def samples(self, weights: Weights) -> dict[str, Float[ndarray, "B"]]:
+        count, score, target = (m @ weights for m in (self.count, self.score, self.target))
+        total = count.sum(axis=0)
+        mean = _ratio(target.sum(axis=0), total)
+
+        def spread(distance: Float[ndarray, "b B"]) -> Float[ndarray, "B"]:
+            squares = np.divide(distance**2, count, out=np.zeros(count.shape), where=count > 0)
+            return _ratio(squares.sum(axis=0), total)
+
+        return {
+            "brier_reliability": spread(target - score),
+            "brier_resolution": spread(target - count * mean),
+            "brier_uncertainty": mean * (1 - mean),
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
