@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -35,6 +35,19 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_default_kinds(cls, tree: Any) -> Any:
+        """A choice whose options are given without its `kind` is the default one."""
+        if not isinstance(tree, dict):
+            return tree
+        named = dict(tree)
+        for name, field in cls.model_fields.items():
+            given, default = named.get(name), field.default
+            if field.discriminator and isinstance(given, dict) and isinstance(default, Section):
+                named[name] = {field.discriminator: default.model_dump()[str(field.discriminator)], **given}
+        return named
 
 
 S = TypeVar("S", bound=Section)

@@ -41,6 +41,13 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert root == Root(epochs=3, optim=AdamW(beta=0.5), sizes=(1, 2))
 
 
+def test_options_without_a_kind_are_the_default_choice(tmp_path: Path) -> None:
+    assert load(Root, write(tmp_path, "[optim]\nmomentum = 0.5\n")).optim == Sgd(momentum=0.5)
+    assert load(Root, None, ["optim.momentum=0.5"]).optim == Sgd(momentum=0.5)
+    with pytest.raises(ConfigError, match=r"optim\.sgd\.beta"):
+        load(Root, None, ["optim.beta=0.5"])
+
+
 def test_override_of_a_word_needs_no_quotes() -> None:
     assert load(Root, None, ["optim.kind=adamw"]).optim == AdamW()
 
