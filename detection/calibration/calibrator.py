@@ -106,6 +106,11 @@ class Calibrator(BaseModel):
             return self.pooled.apply(raw)
         return class_map.trust * class_map.own.apply(raw) + (1 - class_map.trust) * self.pooled.apply(raw)
 
+    @property
+    def has_operating_point(self) -> bool:
+        """Whether `keep` may drop anything."""
+        return any(threshold > 0 for threshold in (*self.pre_thresholds, *self.operating_thresholds))
+
     def keep(self, raw_scores: Float[ndarray, "D"], labels: Int[ndarray, "D"]) -> Bool[ndarray, "D"]:
         """Which detections stand at the operating point: neither score below its class's threshold."""
         passed: ndarray = reaches(raw_scores, labels, self.pre_thresholds)
@@ -187,6 +192,15 @@ def calibrate(detections: Detections, calibrator: Calibrator) -> Detections:
     return Detections(
         detections.image_id, detections.boxes[moved], scores[order].to(moved.device), detections.labels[moved]
     )
+
+
+def standing(detections: Detections, calibrator: Calibrator) -> Detections:
+    """Those of the image's raw detections that stand at the operating point, calibrated as by `calibrate`."""
+    raw = detections.scores.detach().cpu().to(torch.float64).numpy()
+    rows = torch.from_numpy(np.flatnonzero(calibrator.keep(raw, detections.labels.cpu().numpy())))
+    rows = rows.to(detections.boxes.device)
+    kept = Detections(detections.image_id, detections.boxes[rows], detections.scores[rows], detections.labels[rows])
+    return calibrate(kept, calibrator)
 
 
 def reaches(scores: Float[ndarray, "D"], labels: Int[ndarray, "D"], thresholds: Sequence[float]) -> Bool[ndarray, "D"]:

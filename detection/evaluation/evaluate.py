@@ -28,8 +28,8 @@ from detection.evaluation.calibration_metrics import (
 )
 from detection.evaluation.image_sums import ImageSums, values_of
 from detection.evaluation.lrp import Lrp, OptimalLrp, lrp_error, optimal_lrp
-from detection.evaluation.matching import COCO_CASES, Case, Matching, Outcome, match, outcome
-from detection.evaluation.operating_points import best_f1_sums, point_sums
+from detection.evaluation.matching import COCO_CASES, Matching, Outcome, match, outcome
+from detection.evaluation.operating_points import HALF, best_f1_sums, operating_sums, point_sums
 from detection.types import DataError, Detections, Records
 
 
@@ -96,14 +96,17 @@ def evaluate(
     records: Records,
     config: EvaluationConfig | None = None,
     split: str = "",
+    standing: Sequence[Detections] | None = None,
 ) -> Evaluation:
     """COCO's and VOC's AP, calibration errors, LRP, per-class tables and reliability bins of the detections.
 
-    `split` only names the images in the settings. Images without an entry in `detections` have no detections.
+    `split` only names the images in the settings. `standing`: those of the detections that stand at a calibrator's
+    thresholds, for the numbers named operating_...; without it there are none of these. Images without an entry in
+    `detections` have no detections.
     Errors: DataError for an unknown image id, a label outside the classes, or a score outside 0..1.
     """
     config = config or EvaluationConfig()
-    matched = _match(detections, records, config)
+    matched = _match(detections, records, config, standing)
     matching, pool = matched.matching, matched.pool
     used = used_rows(matching, pool, config.calibration)
     scores, targets = matching.detections.scores[used], pool.correct[used].astype(np.float64)
@@ -177,22 +180,28 @@ def resampled(
     return bootstrap.samples(matched.matching, matched.calibration, matched.localised, config.bootstrap, matched.sums)
 
 
-def _match(detections: Sequence[Detections], records: Records, config: EvaluationConfig) -> _Matched:
+def _match(
+    detections: Sequence[Detections],
+    records: Records,
+    config: EvaluationConfig,
+    standing: Sequence[Detections] | None = None,
+) -> _Matched:
     cases = tuple(dict.fromkeys((*COCO_CASES, *config.calibration.cases())))
     matching = match(detections, records, cases, config.max_detections)
     _require_probabilities(matching.detections.scores)
-    half = outcome(matching, Case(0.5))
+    half, localisation = outcome(matching, HALF), config.calibration.localisation_case()
     calibration = calibration_metrics(matching, records, config.calibration)
     pool = judge(matching, config.calibration)["all"]
     return _Matched(
         matching,
         calibration,
         pool,
-        outcome(matching, config.calibration.localisation_case()),
+        outcome(matching, localisation),
         (
             *further_sums(matching, pool, calibration, config.calibration),
             point_sums(matching, half, matching.detections.scores >= config.display_score_threshold),
             best_f1_sums(matching, half),
+            *([] if standing is None else [operating_sums(standing, records, localisation, config.max_detections)]),
         ),
     )
 
@@ -228,6 +237,7 @@ def _settings(
     half = "COCO greedy matching, IoU 0.5, pooled over classes"
     shown = f"COCO greedy matching, IoU 0.5, score >= {config.display_score_threshold:g}, pooled over classes"
     best = ("best_f1", "best_f1_precision", "best_f1_recall", "best_f1_threshold")
+    thresholds = "detections that reach the calibrator's thresholds of their class"
     voc = "VOC matching without the added pixel, IoU 0.5, mean over classes"
     texts = {name: metric.settings for name, metric in calibration.items()}
     texts |= {f"{name}_covered": texts[name] for name in ("d_ece_position", "d_ece_size")}
@@ -237,6 +247,8 @@ def _settings(
         "olrp": f"{lrp}, best score threshold of each class",
         **dict.fromkeys(("precision", "recall", "f1"), shown),
         **dict.fromkeys(best, f"{half}, at the score threshold of the highest F1 on these images"),
+        **dict.fromkeys((f"operating_{n}" for n in ("precision", "recall", "f1")), f"{half}, {thresholds}"),
+        "operating_lrp": f"{lrp}, {thresholds}",
         "ap50_voc": f"area under the monotone curve, {voc}",
         "ap50_voc07": f"11 points, {voc}",
     }

@@ -1,10 +1,11 @@
 """Precision, recall and F1 of the detections that stand at a score threshold, all classes pooled.
 
-The threshold is the one of the display, or the one that makes F1 as large as it gets.
+The threshold is the one of the display, the one that makes F1 as large as it gets, or those of a calibrator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,11 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy import sparse
 
-from detection.evaluation.image_sums import Weights, objects_by_class, sum_by
-from detection.evaluation.matching import Matching, Outcome
+from detection.evaluation.image_sums import LrpSums, Weights, lrp_sums, objects_by_class, sum_by
+from detection.evaluation.matching import Case, Matching, Outcome, match, outcome
+from detection.types import Detections, Records
+
+HALF = Case(0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +69,18 @@ class BestF1Sums:
         return {name: np.where(absent, np.nan, value) for name, value in values.items()}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OperatingSums:
+    """Precision, recall, F1 and LRP of the detections that stand at a calibrator's thresholds."""
+
+    point: PointSums
+    lrp: LrpSums
+
+    def samples(self, weights: Weights) -> dict[str, Float[ndarray, "B"]]:
+        values = {**self.point.samples(weights), "lrp": self.lrp.samples(weights)["lrp"]}
+        return {f"operating_{name}": value for name, value in values.items()}
+
+
 def rates(
     true: Float[ndarray, "*B"], shown: Float[ndarray, "*B"], objects: Float[ndarray, "*B"]
 ) -> dict[str, Float[ndarray, "*B"]]:
@@ -82,6 +98,19 @@ def point_sums(matching: Matching, pool: Outcome, standing: Bool[ndarray, "D"]) 
     """What precision, recall and F1 of the detections `standing` need from each image. Ignored ones do not count."""
     shown = standing & ~pool.ignored
     return PointSums(_count(matching, shown & pool.correct), _count(matching, shown), _objects(matching))
+
+
+def operating_sums(
+    standing: Sequence[Detections], records: Records, localisation: Case, max_detections: int
+) -> OperatingSums:
+    """What the numbers at an operating point need from each image, from the detections that stand there.
+
+    They are matched anew: what is dropped takes no object. Precision and recall are those at IoU 0.5.
+    """
+    matching = match(standing, records, tuple(dict.fromkeys((HALF, localisation))), max_detections)
+    every = np.ones(len(matching.detections.scores), bool)
+    point = point_sums(matching, outcome(matching, HALF), every)
+    return OperatingSums(point, lrp_sums(matching, outcome(matching, localisation)))
 
 
 def best_f1_sums(matching: Matching, pool: Outcome) -> BestF1Sums:

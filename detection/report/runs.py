@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from detection.engine.journal import CONFIG, read_journal
 from detection.evaluation.average_precision import PrecisionRecall, accumulate
-from detection.evaluation.calibration_metrics import used_rows
+from detection.evaluation.calibration_metrics import judge, used_rows
 from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
-from detection.evaluation.matching import COCO_CASES, Matching, Outcome, match, outcome
+from detection.evaluation.matching import COCO_CASES, Matching, Outcome, match
 from detection.evaluation.results import read_results
 from detection.types import DataError, Detections, Records
 
@@ -149,7 +149,7 @@ def _measure(run: RunResults, detections: Sequence[Detections], options: Evaluat
         options=options,
         evaluation=evaluate(detections, run.records, options, run.split),
         matching=matching,
-        pool=outcome(matching, options.calibration.case()),
+        pool=judge(matching, options.calibration)["all"],
         precision_recall=accumulate(matching),
     )
 

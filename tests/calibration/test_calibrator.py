@@ -17,6 +17,7 @@ from detection.calibration.calibrator import (
     calibrate,
     calibration_targets,
     fit_calibrator,
+    standing,
 )
 from detection.calibration.histogram import HistogramConfig
 from detection.calibration.identity import IdentityMap
@@ -211,6 +212,20 @@ def test_an_image_is_sorted_by_its_calibrated_scores() -> None:
     assert result.boxes[:, 0].tolist() == [8, 0, 4]
     assert result.scores.dtype == torch.float64
     assert result.scores.tolist() == pytest.approx([0.9 + 0.1 / 6, 0.1, 0.1 - 0.1 / 6])
+
+
+def test_detections_below_a_threshold_do_not_stand() -> None:
+    scores, labels = np.array([0.1, 0.4, 0.7, 0.2, 0.5, 0.8]), np.array([0, 0, 0, 1, 1, 1])
+    plain = fit_calibrator(scores, labels, np.array([0.0, 0.3, 0.9, 0.1, 0.2, 0.6]), 2, CalibrationConfig(**PARITY))
+    assert not plain.has_operating_point
+    calibrator = plain.with_operating_thresholds(np.array([0.2, 0.5]))
+    assert calibrator.has_operating_point
+    image = Detections(3, torch.zeros(4, 4), torch.tensor([0.8, 0.7, 0.5, 0.1]), torch.tensor([1, 0, 1, 0]))
+    result = standing(image, calibrator)
+    assert result.image_id == 3
+    assert result.labels.tolist() == [0, 1]
+    assert result.scores.tolist() == pytest.approx([0.9, 0.6], abs=1e-6)
+    assert len(standing(image, plain).scores) == 4
 
 
 def test_options_are_read_from_a_configuration(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from detection.evaluation.bootstrap import BootstrapConfig
 from detection.evaluation.evaluate import EvaluationConfig, evaluate
 from detection.evaluation.image_sums import values_of
 from detection.evaluation.matching import Case, match, outcome
@@ -114,3 +116,40 @@ def test_precision_of_the_standing_detections(scene):
     assert math.isnan(none["precision"])
     every = values_of(point_sums(matching, pool, np.ones(len(pool.correct), bool)), len(records))
     assert every["precision"] == pool.correct.sum() / (~pool.ignored).sum()
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.65])
+def test_one_threshold_for_all_classes_is_that_of_the_display(scene, threshold):
+    detections, records = scene(4)
+    options = EvaluationConfig(display_score_threshold=threshold, bootstrap=BootstrapConfig(resamples=20))
+    result = evaluate(detections, records, options, standing=kept(detections, np.full(4, threshold)))
+    for name in ("precision", "recall", "f1"):
+        assert result.metrics[f"operating_{name}"] == result.metrics[name]
+        assert result.intervals[f"operating_{name}"] == result.intervals[name]
+    assert result.settings["operating_lrp"] == (
+        "COCO greedy matching, IoU 0, mean over classes with objects, detections that reach the calibrator's "
+        "thresholds of their class, at most 100 detections an image and class, 12 images"
+    )
+
+
+def test_lrp_at_the_best_thresholds_is_the_optimal_one(scene):
+    """Apart from ties at the threshold, which stand with it: scores are made distinct."""
+    detections, records = scene(7, images=30)
+    rng = np.random.default_rng(0)
+    detections = [
+        replace(d, scores=d.scores * 0.9 + torch.from_numpy(rng.random(len(d.scores))) / 20) for d in detections
+    ]
+    plain = evaluate(detections, records)
+    assert not any(name.startswith("operating") for name in plain.metrics)
+    best = np.array(plain.per_class["lrp_threshold"])
+    result = evaluate(detections, records, standing=kept(detections, best))
+    assert result.metrics["operating_lrp"] == pytest.approx(plain.metrics["olrp"], abs=1e-12)
+    assert result.metrics["operating_lrp"] < result.metrics["lrp"]
+    others = {name: value for name, value in result.metrics.items() if not name.startswith("operating")}
+    assert others == pytest.approx(plain.metrics, abs=0, nan_ok=True)
+
+
+def kept(detections, thresholds):
+    """Detections from their class's threshold on."""
+    rows = [d.scores >= torch.from_numpy(thresholds)[d.labels] for d in detections]
+    return [Detections(d.image_id, d.boxes[r], d.scores[r], d.labels[r]) for d, r in zip(detections, rows, strict=True)]
