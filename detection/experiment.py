@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from pydantic import Field, model_validator
 import detection.distributed as distributed
 from detection.assignment.max_iou import MaxIouConfig
 from detection.assignment.table import Assignment
-from detection.calibration.calibrator import CalibrationConfig, calibrate
+from detection.calibration.calibrator import CalibrationConfig, calibrate, standing
 from detection.calibration.stored import StoredCalibrator
 from detection.config import ConfigError, Section, load, override
-from detection.data.dataset import DetectionDataset, ImageConfig
-from detection.data.loader import BatchLoader, LoaderConfig, build_loader
-from detection.data.sampler import BatchOrder, EvaluationOrder
-from detection.data.source import DigitsSource, Source
-from detection.data.transforms import TransformConfig
+from detection.data.batches import DataConfig, evaluation_loader, training_batches
+from detection.data.holdout import hold_out
+from detection.engine.adaptation import Adapt, HeldOut, adaptation
 from detection.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_evaluation_weights
 from detection.engine.checkpoint import load as load_checkpoint
 from detection.engine.fit import Components, FitConfig, FitResult, fit
@@ -32,44 +30,18 @@ from detection.engine.step import NonFiniteError
 from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from detection.evaluation.ood import OodConfig
 from detection.evaluation.results import write_results
+from detection.losses.adafocal import AdaFocalConfig
 from detection.losses.criterion import CriterionConfig
 from detection.model.decode import decode
-from detection.model.retinanet import RetinaNetConfig
+from detection.model.retinanet import RetinaNet, RetinaNetConfig
 from detection.model.weights import load_weights
 from detection.ops.focal import Implementation
-from detection.types import Batch, DataError, Detections, Records
+from detection.types import DataError, Detections, Records
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, NonFiniteError)
 """What a tool prints as a sentence instead of a traceback."""
 
 METRICS, DETECTIONS, RAW_DETECTIONS = "metrics.json", "detections.json", "detections_raw.json"
-
-
-class DataConfig(Section):
-    """Which images are trained on, which one selects the best checkpoint by, and which are reported."""
-
-    source: Source = DigitsSource()
-    """The data set."""
-    train: str = "train"
-    """Split that the weights are trained on."""
-    select: str | None = "calibration"
-    """Split that is evaluated during training, for the best checkpoint; never the one that is reported."""
-    test: str | None = "test"
-    """Split that is reported once at the end."""
-    batch_size: int = Field(16, ge=1)
-    """Images of a batch, all ranks together."""
-    evaluation_batch_size: int | None = Field(None, ge=1)
-    """Likewise in evaluation; by default the same."""
-    group_by_aspect: bool = True
-    """Wide and tall images go into different batches, so that less is padding."""
-    drop_last: bool = False
-    """Leave out an epoch's incomplete last batch, instead of filling it up."""
-    images: ImageConfig = ImageConfig()
-    """What reading an image file accepts."""
-    transform: TransformConfig = TransformConfig()
-    """Resize, and the augmentation of training."""
-    loader: LoaderConfig = LoaderConfig()
-    """Worker processes."""
 
 
 class Experiment(Section):
@@ -111,6 +83,16 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adaptive_loss_has_images(self) -> Experiment:
+        kind = self.criterion.classification.kind
+        if isinstance(self.criterion.classification, AdaFocalConfig) and self.data.holdout == 0:
+            raise ValueError(
+                f"criterion.classification.kind = {kind!r} needs data.holdout > 0, the share of training images kept "
+                "out of training to measure calibration on: set data.holdout = 0.1"
+            )
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -136,26 +118,6 @@ class Outcome:
     fit: FitResult
     test: Report | None
     """Of the best checkpoint on the reported split; None where the run was interrupted or has no such split."""
-
-
-@dataclass(slots=True)
-class TrainingBatches:
-    """The training split as the engine asks for it: any epoch, from any batch on."""
-
-    order: BatchOrder
-    loader: BatchLoader
-
-    @property
-    def batch_size(self) -> int:
-        return self.order.batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.order.batches_per_epoch
-
-    def epoch(self, epoch: int, start: int) -> Iterable[Batch]:
-        self.order.set_position(epoch, start)
-        return self.loader
 
 
 def train(config: Path, overrides: Sequence[str], run: Path, resume: bool) -> Outcome:
@@ -202,7 +164,9 @@ def reported_split(experiment: Experiment) -> str:
 def build(experiment: Experiment, device: torch.device) -> Components:
     """The parts of a training run, wired together."""
     torch.manual_seed(experiment.seed)
-    records = read_split(experiment, experiment.data.train)
+    records, held_out = read_split(experiment, experiment.data.train), None
+    if experiment.data.holdout > 0:
+        records, held_out = hold_out(records, experiment.data.holdout, experiment.seed)
     select = None
     if experiment.data.select is not None:
         select = read_split(experiment, experiment.data.select)
@@ -216,7 +180,8 @@ def build(experiment: Experiment, device: torch.device) -> Components:
         model=model,
         assign=experiment.assignment.build(),
         criterion=criterion,
-        batches=_training_batches(experiment, records),
+        batches=training_batches(experiment.data, records, experiment.seed),
+        adapt=None if held_out is None else _adaptation(experiment, held_out, device),
         evaluate=None if select is None else _evaluator(experiment, select, device),
         class_names=records.class_names,
         category_ids=records.category_ids,
@@ -224,6 +189,7 @@ def build(experiment: Experiment, device: torch.device) -> Components:
         seed=experiment.seed,
         notes=(
             *_describe(experiment.data.train, records),
+            *([] if held_out is None else _describe("held out of training", held_out)),
             *([] if select is None else _describe(experiment.data.select or "", select)),
             f"classification loss: {experiment.criterion.classification.kind}, {criterion.implementation}",
             *loaded,
@@ -240,33 +206,32 @@ def read_split(experiment: Experiment, split: str) -> Records:
 
 
 def detect(
-    experiment: Experiment, model: torch.nn.Module, records: Records, device: torch.device
+    experiment: Experiment, model: torch.nn.Module, records: Records, device: torch.device, *, blanked: bool = False
 ) -> list[Detections] | None:
-    """The model's detections in every image of `records`, on rank 0; None on the others."""
-    data, world = experiment.data, distributed.world_size()
-    dataset = DetectionDataset(records, data.transform.build(train=False), experiment.seed, data.images)
-    batch_size = max(1, (data.evaluation_batch_size or data.batch_size) // world)
-    order = EvaluationOrder(records.sizes, batch_size, distributed.rank(), world)
-    loader = build_loader(dataset, order, data.loader.model_copy(update={"persistent": False}))
+    """The model's detections in every image of `records`, on rank 0; None on the others.
+
+    `blanked`: in the images with their objects painted over.
+    """
+    loader = evaluation_loader(experiment.data, records, experiment.seed, blanked=blanked)
     options, precision = experiment.model.decode, experiment.fit.precision
     return predict(model, loader, lambda found, frames: decode(found, frames, options), device, precision)
 
 
-def _training_batches(experiment: Experiment, records: Records) -> TrainingBatches:
-    data, world = experiment.data, distributed.world_size()
-    if data.batch_size % world:
-        raise ConfigError(f"data.batch_size = {data.batch_size} does not divide among {world} ranks")
-    dataset = DetectionDataset(records, data.transform.build(train=True), experiment.seed, data.images)
-    order = BatchOrder(
-        records.sizes,
-        data.batch_size // world,
-        experiment.seed,
-        distributed.rank(),
-        world,
-        group_by_aspect=data.group_by_aspect,
-        drop_last=data.drop_last,
+def _adaptation(experiment: Experiment, held_out: Records, device: torch.device) -> Adapt | None:
+    """What is done after every epoch for a loss that follows its own calibration error; None for others."""
+    loss = experiment.criterion.classification
+    if not isinstance(loss, AdaFocalConfig):
+        return None
+    images = HeldOut(
+        held_out,
+        lambda: evaluation_loader(experiment.data, held_out, experiment.seed),
+        experiment.model.decode,
+        experiment.evaluation.max_detections,
+        experiment.assignment.build(),
+        device,
+        experiment.fit.precision,
     )
-    return TrainingBatches(order, build_loader(dataset, order, data.loader))
+    return adaptation(loss, images)
 
 
 def _evaluator(
@@ -309,9 +274,14 @@ def detect_with(
     checkpoint: Checkpoint, path: Path, experiment: Experiment, records: Records, device: torch.device
 ) -> list[Detections] | None:
     """The detections of a checkpoint's model, raw scores, in every image of `records`; None on ranks other than 0."""
+    return detect(experiment, load_model(checkpoint, path, experiment).to(device), records, device)
+
+
+def load_model(checkpoint: Checkpoint, path: Path, experiment: Experiment) -> RetinaNet:
+    """The model of a checkpoint with the weights that are evaluated, on the CPU."""
     model = _without_pretraining(experiment.model).build(len(checkpoint.class_names))
     load_evaluation_weights(model, checkpoint, path)
-    return detect(experiment, model.to(device), records, device)
+    return model
 
 
 def stored_calibrator(checkpoint: Checkpoint, path: Path) -> StoredCalibrator | None:
@@ -335,7 +305,9 @@ def measure(
     if stored is None:
         return Report(split, raw), found
     calibrated = [calibrate(d, stored.calibrator) for d in found]
-    return Report(split, raw, evaluate(calibrated, records, config, split), tuple(stored.notes(split))), calibrated
+    kept = [standing(d, stored.calibrator) for d in found] if stored.calibrator.has_operating_point else None
+    final = evaluate(calibrated, records, config, split, kept)
+    return Report(split, raw, final, tuple(stored.notes(split))), calibrated
 
 
 def write_report(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,22 +27,28 @@ def predict(
     `batches` are this rank's images, in any order and number; no image may be another rank's too.
     The model is in evaluation mode meanwhile and as before afterwards.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     found: list[Detections] = []
     host = torch.device("cpu")
+    # Not inference_mode: anchors that the model caches here are used in training, too.
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches:
+            with autocast(device, precision):
+                predictions = model(batch.to(device).images)
+            found += [d.to(host) for d in decode(predictions, batch.frames)]
+    gathered = gather_objects(found)
+    return None if gathered is None else in_order(gathered)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A scope in which the model is in evaluation mode; each of its modules is as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        # Not inference_mode: anchors that the model caches here are used in training, too.
-        with torch.no_grad():
-            for batch in batches:
-                with autocast(device, precision):
-                    predictions = model(batch.to(device).images)
-                found += [d.to(host) for d in decode(predictions, batch.frames)]
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    gathered = gather_objects(found)
-    return None if gathered is None else in_order(gathered)
 
 
 def in_order(shares: Sequence[Sequence[Detections]]) -> list[Detections]:

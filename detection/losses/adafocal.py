@@ -198,9 +198,8 @@ def gamma_table(gamma: Float[Tensor, "G R"], config: AdaFocalConfig) -> Float[Te
 
 def predicted_side_gap(found: BinStatistics, background_bins: int) -> Float[Tensor, "R"]:
     """E_b: mean score minus mean target from 0.5 on; below, where 1 - score is what is predicted, the reverse."""
-    gap = found.gap.clone()
-    gap[:background_bins] *= -1
-    return gap
+    background = torch.arange(len(found.count)) < background_bins
+    return torch.where(background, found.mean_target - found.mean_score, found.gap)
 
 
 def next_gamma(

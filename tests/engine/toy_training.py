@@ -221,8 +221,8 @@ def save_gradients(folder: Path, empty_rank: int) -> None:
     torch.save(gradients, folder / f"{distributed.world_size()}-{distributed.rank()}.pt")
 
 
-def run_ranks(world: int, *arguments: str) -> list[int]:
-    """Exit codes of this file run with `arguments` in `world` processes, as torchrun would start them."""
+def run_ranks(world: int, *arguments: str, script: str = __file__) -> list[int]:
+    """Exit codes of this file (or another) run with `arguments` in `world` processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -231,7 +231,7 @@ def run_ranks(world: int, *arguments: str) -> list[int]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if world > 1:
             environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, *arguments]
+        command = [sys.executable, script, *arguments]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
     try:
         return [process.wait(timeout=120) for process in processes]
