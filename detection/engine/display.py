@@ -12,7 +12,7 @@ from rich.table import Table
 
 from detection.distributed import rank
 
-HEADLINE = ("ap", "ap50", "ap75", "d_ece", "ece", "brier", "nll")
+HEADLINE = ("accuracy", "ap", "ap50", "ap75", "d_ece", "ece", "brier", "nll")
 """Metrics that an evaluation line shows, accuracy and calibration side by side."""
 
 SHOWN_WITHOUT_HEADLINE = 6

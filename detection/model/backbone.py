@@ -94,6 +94,24 @@ class Backbone(nn.Module):
         self.train(self.training)
 
 
+def create_classifier(
+    name: str, num_classes: int, pretrained: bool
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """timm's image classifier, and the mean and deviation of colour (0..1) that its images are normalised with.
+
+    Errors: ConfigError for a network that cannot be built or weights that cannot be had.
+    """
+    try:
+        network: nn.Module = timm.create_model(name, num_classes=num_classes, pretrained=pretrained)
+    except Exception as error:  # as in _create
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"classifier {name!r} cannot be built: {reason}") from error
+    colours = timm.get_pretrained_cfg(name)
+    if colours is None:
+        return network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return network, colours.mean, colours.std
+
+
 def _create(config: BackboneConfig) -> nn.Module:
     options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     try:
