@@ -10,7 +10,7 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Int, Integer, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -60,7 +60,8 @@ class AdaFocalConfig(Section):
     """"fixed": ranges of equal width in logits; "moving": of equal counts on each side, new in every epoch, as
     published, so that a gamma belongs to a rank of scores instead of a score."""
     min_count: int = Field(50, ge=1)
-    """A range with fewer held-out pairs keeps its gamma."""
+    """A range with fewer held-out pairs answers to the error of itself and the nearest ranges on its side that have as
+    many together; a side with fewer in all keeps its gammas."""
     hard: Literal["base", "faithful"] = "base"
     """Gamma of anchors on the wrong side of 0.5: the initial one, or that of their side's range nearest to 0.5."""
     positive: GammaLimits = GammaLimits(low=-1.5, high=10.0, switch=0.2)
@@ -206,15 +207,35 @@ def next_gamma(
     gamma: Float[Tensor, "G R"], pooled: BinStatistics, groups: list[BinStatistics], config: AdaFocalConfig
 ) -> Float[Tensor, "G R"]:
     """The gammas after one update. A table with too few pairs of its own follows the pooled ones."""
-    rows = []
+    rows: list[Tensor] = []
     needed = config.min_count * gamma.shape[1]
     split = config.background_bins
-    for row, own in zip(gamma, groups or [pooled], strict=True):
+    for row, own in zip(gamma.clone(), groups or [pooled], strict=True):
         used = own if int(own.count.sum()) >= needed else pooled
-        gap = torch.where(used.count >= config.min_count, predicted_side_gap(used, split), 0.0)
-        sides = (row[:split], gap[:split], config.negative), (row[split:], gap[split:], config.positive)
-        rows.append(torch.cat([updated_gamma(g, e, config.rate, m.switch, m.low, m.high) for g, e, m in sides]))
+        gap = predicted_side_gap(used, split)
+        for side, limits in ((slice(None, split), config.negative), (slice(split, None), config.positive)):
+            answered = joined_gap(gap[side], used.count[side], config.min_count)
+            row[side] = updated_gamma(row[side], answered, config.rate, limits.switch, limits.low, limits.high)
+        rows.append(row)
     return torch.stack(rows)
+
+
+def joined_gap(gap: Float[Tensor, "b"], count: Int[Tensor, "b"], min_count: int) -> Float[Tensor, "b"]:
+    """Each range's gap, that of too small ranges over a window of ranges around them with `min_count` pairs or more.
+
+    Windows grow by one range on either side. Where all ranges together have fewer, the gap is 0.
+    """
+    total = torch.cat([count.new_zeros(1), count]).cumsum(0)
+    weighted = torch.cat([gap.new_zeros(1), gap * count]).cumsum(0)
+    joined = torch.zeros_like(gap)
+    if int(total[-1]) < min_count:
+        return joined
+    for i in range(len(gap)):
+        low, high = i, i + 1
+        while int(total[high] - total[low]) < min_count:
+            low, high = max(low - 1, 0), min(high + 1, len(gap))
+        joined[i] = (weighted[high] - weighted[low]) / (total[high] - total[low])
+    return joined
 
 
 def journal_rows(
