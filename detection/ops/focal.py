@@ -112,9 +112,8 @@ def _compute(
         from detection.ops.focal_triton import focal_triton  # heavy, and absent where there is no CUDA
 
         return focal_triton(logits, labels, shape, group, scale, gradient)
-    loss, nonfinite = focal_cpu(logits, labels, shape, group, 1.0 if scale is None else scale.item(), gradient)
-    positive = int(((labels >= 0) & (labels < logits.shape[-1])).sum())
-    return torch.tensor(loss), torch.tensor([positive, nonfinite])
+    found = focal_cpu(logits, labels, shape, group, 1.0 if scale is None else scale.item(), gradient)
+    return torch.tensor(found.loss), torch.tensor([found.positive, found.nonfinite])
 
 
 @torch.library.custom_op("detection::focal", mutates_args=(), schema=_SCHEMA)
