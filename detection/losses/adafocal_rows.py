@@ -18,6 +18,7 @@ from detection.losses.adafocal_table import (
     published_bin_of,
     updated_gamma,
 )
+from detection.losses.rows import focal_rows
 
 
 class AdaFocalRowsConfig(Section):
@@ -66,7 +67,7 @@ class AdaFocalRows(nn.Module):
 
     def forward(self, logits: Float[Tensor, "N K"], labels: Integer[Tensor, "N"]) -> Float[Tensor, "N"]:
         """The focal loss of every row with the gamma of its true class's probability. Float32 at least."""
-        return _focal_rows(logits, labels, self.row_gamma(logits, labels))
+        return focal_rows(logits, labels, self.row_gamma(logits, labels))
 
     @torch.no_grad()
     def row_gamma(self, logits: Float[Tensor, "N K"], labels: Integer[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -105,15 +106,3 @@ class AdaFocalRows(nn.Module):
             "mean_score": found.mean_score.tolist(),
             "mean_target": found.mean_target.tolist(),
         }
-
-
-def _focal_rows(logits: Tensor, labels: Tensor, gamma: Tensor) -> Tensor:
-    """-w log p_y with w = (1 - p_y)^gamma, or (1 + p_y)^-gamma where gamma < 0; finite in value and slope."""
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    own = labels.long()[:, None]
-    whole = exact.logsumexp(-1)
-    log_p = exact.gather(1, own)[:, 0] - whole
-    log_q = exact.scatter(1, own, -torch.inf).logsumexp(-1) - whole
-    log_p = torch.where(log_q < -0.7, torch.log1p(-torch.exp(log_q.clamp(max=-0.7))), log_p)
-    power = gamma.clamp(min=0) * log_q - gamma.clamp(max=0) * torch.log1p(log_p.exp())
-    return -log_p * torch.exp(power)
