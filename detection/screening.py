@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 import detection.distributed as distributed
@@ -27,10 +27,20 @@ from detection.evaluation.ood import (
     image_uncertainty,
     ood_metrics,
 )
-from detection.experiment import Experiment, detect_with, read_split, reported_split
-from detection.types import Detections, Records
+from detection.experiment import Experiment, check_classes, detect, load_model, read_split, reported_split
+from detection.types import DataError, Detections, Records
 
 OOD = "ood.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Validation:
+    """Image uncertainties that the threshold is chosen on: annotated images, and the same without their objects."""
+
+    split: str
+    image_id: Int[ndarray, "n"]
+    whole: Float[ndarray, "n"]
+    blanked: Float[ndarray, "n"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +52,8 @@ class Separation:
     metrics: dict[str, float]
     acceptance: Acceptance
     notes: tuple[str, ...]
+    validation: Validation | None = None
+    """Where the threshold was chosen; None: on every other image."""
 
     @property
     def table(self) -> dict[str, float]:
@@ -72,9 +84,12 @@ def evaluate_ood(
     distributed.initialise(device)
     try:
         sides = [read_split(experiment, split), read_outside(outside, experiment, checkpoint)]
-        found = [_uncertainty(checkpoint, path, experiment, records, device) for records in sides]
+        model = load_model(checkpoint, path, experiment).to(device)
+        found = [_uncertainty(model, experiment, records, device) for records in sides]
+        validation, why = _validation(model, checkpoint, path, experiment, split, device)
         names = (f"split {split} ({len(sides[0])} images)", f"{outside} ({len(sides[1])} images)")
-        result = separate(found[0], found[1], experiment.ood, names)
+        result = separate(found[0], found[1], experiment.ood, names, validation)
+        result = replace(result, notes=(*result.notes, *why))
         if distributed.rank() == 0:
             folder = out or path.parent / "evaluation" / split
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,30 +115,90 @@ def read_outside(outside: str, experiment: Experiment, checkpoint: Checkpoint) -
 
 
 def separate(
-    inside: Float[ndarray, "n"], outside: Float[ndarray, "m"], config: OodConfig, names: tuple[str, str]
+    inside: Float[ndarray, "n"],
+    outside: Float[ndarray, "m"],
+    config: OodConfig,
+    names: tuple[str, str],
+    validation: Validation | None = None,
 ) -> Separation:
-    """How well the uncertainties separate. The threshold is chosen on every other image and judged on the rest."""
-    threshold = accept_threshold(inside[::2], outside[::2], config)
+    """How well the uncertainties separate.
+
+    The threshold is chosen on the validation images and judged on all others; without them it is chosen on every other
+    image and judged on the rest.
+    """
+    chosen_on = (inside[::2], outside[::2]) if validation is None else (validation.whole, validation.blanked)
+    judged_on = (inside[1::2], outside[1::2]) if validation is None else (inside, outside)
+    threshold = accept_threshold(*chosen_on, config)
     empty = [int(np.count_nonzero(values == NO_DETECTIONS)) for values in (inside, outside)]
     used = "all detections" if config.count == 0 else f"{config.count} most certain detections"
-    rule = (
-        config.acceptance if config.acceptance == "harmonic" else f"{config.acceptance:g} of the inside images accepted"
-    )
     notes = (
         f"inside: {names[0]}, {empty[0]} without detections; outside: {names[1]}, {empty[1]} without detections",
         f"an image's uncertainty: {config.reduction} of 1 - raw score over its {used}; without any {NO_DETECTIONS:g}",
         "auroc, aupr_outside look for outside images, aupr_inside for inside ones; fpr95: 95 % of the inside accepted",
-        f"accept_threshold ({rule}) is chosen on every other image, the three rates are measured on the rest",
+        *_threshold_notes(config, validation),
     )
-    judged = acceptance(inside[1::2], outside[1::2], threshold)
-    return Separation(inside, outside, ood_metrics(inside, outside), judged, notes)
+    judged = acceptance(*judged_on, threshold)
+    return Separation(inside, outside, ood_metrics(inside, outside), judged, notes, validation)
+
+
+def _threshold_notes(config: OodConfig, validation: Validation | None) -> list[str]:
+    harmonic = config.acceptance == "harmonic"
+    rule = "harmonic" if harmonic else f"{config.acceptance:g} of the inside images accepted"
+    if validation is None:
+        return [f"accept_threshold ({rule}) is chosen on every other image, the three rates are measured on the rest"]
+    against = "against the same with their objects painted over" if harmonic else "with objects"
+    return [
+        f"accept_threshold ({rule}) is chosen on {len(validation.whole)} images of split {validation.split},",
+        f"{against}; the three rates are measured on all images",
+    ]
+
+
+def _validation(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    path: Path,
+    experiment: Experiment,
+    judged: str,
+    device: torch.device,
+) -> tuple[Validation | None, list[str]]:
+    """The images with objects of the selection split, whole and blanked; None and the reason where there are none.
+
+    Errors: ConfigError or DataError where blanked images were asked for and cannot be had.
+    """
+    wanted, split = experiment.ood.validate_on, experiment.data.select
+    if wanted == "halves":
+        return None, []
+    try:
+        records = _images_with_objects(checkpoint, path, experiment, split)
+    except (ConfigError, DataError) as error:
+        if wanted == "blanked":
+            raise
+        return None, [f"no blanked images: {str(error).splitlines()[0]}"]
+    if split == judged and wanted == "auto":
+        return None, [f"no blanked images: split {split} is the one that is judged"]
+    assert split is not None
+    whole = _uncertainty(model, experiment, records, device)
+    blanked = _uncertainty(model, experiment, records, device, blanked=True)
+    same = ["the threshold is chosen on images that it is judged on: the rates are too good"] if split == judged else []
+    return Validation(split, np.sort(records.image_ids), whole, blanked), same
+
+
+def _images_with_objects(checkpoint: Checkpoint, path: Path, experiment: Experiment, split: str | None) -> Records:
+    if split is None:
+        raise ConfigError("data.select names no split to choose the threshold on (ood.validate_on = halves needs none)")
+    records = read_split(experiment, split)
+    check_classes(checkpoint, path, records, split)
+    filled = np.flatnonzero(np.diff(records.offsets))
+    if not len(filled):
+        raise DataError(f"split {split}: no image has an object to paint over")
+    return records.select(filled)
 
 
 def _uncertainty(
-    checkpoint: Checkpoint, path: Path, experiment: Experiment, records: Records, device: torch.device
+    model: torch.nn.Module, experiment: Experiment, records: Records, device: torch.device, *, blanked: bool = False
 ) -> Float[ndarray, "N"]:
     """Each image's uncertainty from its raw scores, in ascending order of image ids."""
-    found: list[Detections] | None = detect_with(checkpoint, path, experiment, records, device)
+    found: list[Detections] | None = detect(experiment, model, records, device, blanked=blanked)
     found = distributed.broadcast_object(found)
     assert found is not None
     image = np.repeat(np.arange(len(found)), [len(d.scores) for d in found])
@@ -136,4 +211,12 @@ def _as_json(result: Separation, sides: Sequence[Records]) -> dict[str, object]:
     content: dict[str, object] = {"metrics": metrics, "settings": list(result.notes)}
     for name, records, values in zip(("inside", "outside"), sides, (result.inside, result.outside), strict=True):
         content[f"{name}_images"] = {"image_id": np.sort(records.image_ids).tolist(), "uncertainty": values.tolist()}
+    v = result.validation
+    if v is not None:
+        content["validation_images"] = {
+            "split": v.split,
+            "image_id": v.image_id.tolist(),
+            "uncertainty": v.whole.tolist(),
+            "uncertainty_blanked": v.blanked.tolist(),
+        }
     return content

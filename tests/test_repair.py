@@ -14,8 +14,9 @@ import torch
 from detection.config import ConfigError, load
 from detection.engine.checkpoint import Checkpoint, save
 from detection.engine.checkpoint import load as load_checkpoint
+from detection.evaluation.evaluate import EvaluationConfig
 from detection.evaluation.results import coco_results, ground_truth, read_results
-from detection.experiment import Experiment, evaluate_run
+from detection.experiment import Experiment, evaluate_run, measure
 from detection.repair import (
     apply_to_file,
     calibrate_files,
@@ -217,6 +218,11 @@ def test_lrp_thresholds_cut_the_fit_and_the_operating_point() -> None:
     assert 0 < stored.fitted_on.detections < sum(len(d.scores) for d in found)
     assert min(stored.calibrator.pre_thresholds) > 0.3
     assert min(stored.calibrator.operating_thresholds) > 0
+    report, final = measure(found, records, stored, EvaluationConfig(), "val")
+    assert report.calibrated is not None
+    assert report.calibrated.metrics["operating_lrp"] < report.calibrated.metrics["lrp"]
+    assert not any(name.startswith("operating") for name in report.raw.metrics)
+    assert [len(d.scores) for d in final] == [len(d.scores) for d in found]
 
 
 def test_nothing_to_fit_on_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 
 from detection.config import ConfigError
 from detection.engine.checkpoint import load as load_checkpoint
-from detection.evaluation.ood import NO_DETECTIONS, OodConfig
+from detection.engine.checkpoint import save
+from detection.evaluation.ood import NO_DETECTIONS, OodConfig, accept_threshold
 from detection.repair import calibrate_run
-from detection.screening import evaluate_ood, separate
+from detection.screening import Validation, evaluate_ood, separate
 from detection.types import DataError
 
 
@@ -32,6 +34,61 @@ def test_threshold_for_a_share_of_familiar_images() -> None:
     result = separate(values, values, OodConfig(acceptance=0.9), ("test", "ood"))
     assert result.table["auroc"] == pytest.approx(0.5)
     assert result.table["true_positive_rate"] == pytest.approx(0.9, abs=0.02)
+
+
+def test_threshold_from_validation_images_is_judged_on_all_others() -> None:
+    whole, blanked = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.35, 0.5, 0.6, NO_DETECTIONS])
+    validation = Validation("calibration", np.arange(4), whole, blanked)
+    inside, outside = np.array([0.1, 0.3, 0.45, 0.2, 0.2]), np.array([0.3, 0.7, 0.9, 0.36])
+    result = separate(inside, outside, OodConfig(), ("test", "ood"), validation)
+    # Accepted below 0.35: 3 of 4 whole, no blanked one: 2 * .75 / 1.75 = .857; below 0.5: all and 1 of 4, the same.
+    assert result.table["accept_threshold"] == 0.35
+    assert result.table["true_positive_rate"] == pytest.approx(4 / 5)
+    assert result.table["true_negative_rate"] == pytest.approx(3 / 4)
+    assert result.notes[-2:] == (
+        "accept_threshold (harmonic) is chosen on 4 images of split calibration,",
+        "against the same with their objects painted over; the three rates are measured on all images",
+    )
+    share = separate(inside, outside, OodConfig(acceptance=0.5), ("test", "ood"), validation)
+    assert share.table["accept_threshold"] == 0.3
+    assert "0.5 of the inside images accepted" in share.notes[-2]
+
+
+def test_blanked_images_choose_the_threshold_where_a_split_has_objects(run: Path) -> None:
+    result = evaluate_ood(run, "ood", None, [], None)
+    validation = result.validation
+    assert validation is not None
+    assert validation.split == "calibration"
+    assert len(validation.whole) == len(validation.blanked) == len(validation.image_id) == 10
+    assert not np.array_equal(validation.whole, validation.blanked)
+    expected = accept_threshold(validation.whole, validation.blanked, OodConfig())
+    assert result.table["accept_threshold"] == expected
+    assert result.table["true_positive_rate"] == np.mean(result.inside < expected)
+    content = json.loads((run / "evaluation" / "test" / "ood.json").read_text())
+    assert content["validation_images"]["uncertainty_blanked"] == validation.blanked.tolist()
+    halves = evaluate_ood(run, "ood", None, ["ood.validate_on=halves"], None)
+    assert halves.validation is None
+    assert "every other image" in halves.notes[-1]
+    assert halves.table["auroc"] == result.table["auroc"]
+
+
+def test_without_a_split_of_its_own_the_threshold_comes_from_halves(run: Path) -> None:
+    """Each time the reason is said, unless blanked images were asked for."""
+    same = evaluate_ood(run, "ood", "calibration", [], None)
+    assert same.validation is None
+    assert same.notes[-1] == "no blanked images: split calibration is the one that is judged"
+    missing = evaluate_ood(run, "ood", None, ["data.select=nothing"], None)
+    assert missing.notes[-1].startswith("no blanked images: ")
+    asked = evaluate_ood(run, "ood", "calibration", ["ood.validate_on=blanked"], None)
+    assert asked.validation is not None
+    assert asked.notes[-1].endswith("the rates are too good")
+    checkpoint = load_checkpoint(run / "best.pt")
+    data = {**checkpoint.config["data"], "select": None}
+    save(replace(checkpoint, config={**checkpoint.config, "data": data}), run / "best.pt")
+    none = evaluate_ood(run, "ood", None, [], None)
+    assert none.notes[-1].startswith("no blanked images: data.select names no split")
+    with pytest.raises(ConfigError, match="halves needs none"):
+        evaluate_ood(run, "ood", None, ["ood.validate_on=blanked"], None)
 
 
 def test_every_way_to_name_unfamiliar_images_gives_the_same_numbers(run: Path, trained: Path) -> None:

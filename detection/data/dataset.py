@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from detection.config import Section
 from detection.data.transforms import Transform
-from detection.types import DataError, Frame, Records, Target
+from detection.types import DataError, Frame, Record, Records, Target
 
 # Formats that are decoded by plain libraries; EPS and its like would start an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
@@ -83,12 +83,15 @@ class DetectionDataset(Dataset[Sample]):
         record = self.records[index]
         seed = sample_seed(self.seed, epoch, index)
         plan = self.transform.plan(record.size, record.boxes, record.crowd, seed)
-        pixels = read_image(record.path, record.size, reduce=plan.reduce, max_pixels=self.images.max_pixels)
-        image = self.transform.pixels(pixels, plan, seed)
+        image = self.transform.pixels(self.pixels(record, plan.reduce), plan, seed)
         boxes, labels, crowd = self.transform.objects(record.boxes, record.labels, record.crowd, plan)
         target = Target(torch.from_numpy(boxes).float(), torch.from_numpy(labels), torch.from_numpy(crowd))
         frame = Frame(record.image_id, record.size, plan.scale, plan.padding)
         return Sample(torch.from_numpy(image).permute(2, 0, 1), target, frame)
+
+    def pixels(self, record: Record, reduce: int) -> UInt8[ndarray, "h w 3"]:
+        """The image of a record at 1/reduce of its size. Errors: as `sample`."""
+        return read_image(record.path, record.size, reduce=reduce, max_pixels=self.images.max_pixels)
 
     def read(self, keys: Sequence[tuple[int, int]]) -> tuple[list[Sample], list[str]]:
         """The samples at `keys` that can be read, and one message for each that was left out.

@@ -28,6 +28,10 @@ class OodConfig(Section):
     acceptance: Literal["harmonic"] | Annotated[float, Field(gt=0, lt=1)] = "harmonic"
     """harmonic: the threshold with the best balanced accuracy on validation images; a number: the one that accepts this
     share of familiar validation images."""
+    validate_on: Literal["auto", "blanked", "halves"] = "auto"
+    """Images that the threshold is chosen on. blanked: those of data.select, against the same with their objects
+    painted over, and no unfamiliar image is needed. halves: every other image of both sides; the rates are of the rest.
+    auto: blanked where data.select is not the split that is judged and has objects, else halves."""
 
 
 @dataclass(frozen=True, slots=True)
