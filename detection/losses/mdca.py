@@ -51,8 +51,8 @@ class Mdca(nn.Module):
 
 def mdca(scores: Float[Tensor, "P K"], labels: Int[Tensor, "P"]) -> Float[Tensor, ""]:
     """(1/K) sum over classes of |mean score - frequency|. Source: Hebbalaguppe et al. 2022, eq. 3."""
-    frequency = torch.bincount(labels, minlength=scores.shape[1]).to(scores.dtype) / len(labels)
-    return (scores.mean(0) - frequency).abs().mean()
+    counts = scores.new_zeros(scores.shape[1]).index_add(0, labels, torch.ones_like(labels, dtype=scores.dtype))
+    return (scores.mean(0) - counts / len(labels)).abs().mean()
 
 
 def dca(scores: Float[Tensor, "P K"], labels: Int[Tensor, "P"]) -> Float[Tensor, ""]:

@@ -14,7 +14,9 @@ from detection.losses.focal import FocalConfig
 from detection.losses.inverse_focal import InverseFocalConfig
 from detection.losses.label_smoothing import LabelSmoothingConfig
 from detection.losses.mae import MaeConfig
+from detection.losses.mbls import MblsConfig
 from detection.losses.mdca import DcaConfig, MdcaConfig
+from detection.losses.mmce import MmceConfig, WeightedMmceConfig
 from detection.losses.mse import MseConfig
 from detection.losses.msle import MsleConfig
 from detection.losses.poisson import PoissonConfig
@@ -22,6 +24,7 @@ from detection.losses.quality_focal import QualityFocalConfig
 from detection.losses.softmax_ce import SoftmaxCeConfig
 from detection.losses.softmax_focal import SoftmaxFocalConfig
 from detection.losses.squared_hinge import SquaredHingeConfig
+from detection.losses.tcd import TcdConfig
 from detection.losses.varifocal import VarifocalConfig
 
 CLASSIFICATION = (
@@ -41,7 +44,7 @@ CLASSIFICATION = (
     SoftmaxCeConfig,
     SoftmaxFocalConfig,
 )
-AUXILIARY = (MdcaConfig, DcaConfig)
+AUXILIARY = (MdcaConfig, DcaConfig, MmceConfig, WeightedMmceConfig, MblsConfig, TcdConfig)
 BOX = (SmoothL1Config, L1Config, GIoUConfig, DIoUConfig, CIoUConfig)
 
 ClassificationConfig = Annotated[
@@ -62,5 +65,7 @@ ClassificationConfig = Annotated[
     | SoftmaxFocalConfig,
     Field(discriminator="kind"),
 ]
-AuxiliaryConfig = Annotated[MdcaConfig | DcaConfig, Field(discriminator="kind")]
+AuxiliaryConfig = Annotated[
+    MdcaConfig | DcaConfig | MmceConfig | WeightedMmceConfig | MblsConfig | TcdConfig, Field(discriminator="kind")
+]
 BoxConfig = Annotated[SmoothL1Config | L1Config | GIoUConfig | DIoUConfig | CIoUConfig, Field(discriminator="kind")]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recorded_losses import ARRAYS, CASES, NUMBERS, recorded
 from torch import Tensor
 
 from detection.losses.rows import (
@@ -23,11 +22,6 @@ from detection.losses.rows import (
     mae_rows,
     own_log_scores,
 )
-
-FILES = Path(__file__).parents[1] / "data/files/oracles/cls"
-ARRAYS = np.load(FILES / "classification.npz", allow_pickle=False)
-NUMBERS = json.loads((FILES / "classification.json").read_text())
-CASES = [name for name, found in NUMBERS.items() if "losses" in found]
 
 Rows = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Rows] = {
@@ -43,11 +37,6 @@ LOSSES: dict[str, Rows] = {
 }
 each_loss = pytest.mark.parametrize("loss", list(LOSSES.values()), ids=list(LOSSES))
 each_case = pytest.mark.parametrize("case", CASES)
-
-
-def recorded(case: str) -> tuple[Tensor, Tensor]:
-    logits = torch.from_numpy(ARRAYS[f"{case}__logits"])
-    return logits.requires_grad_(), torch.from_numpy(ARRAYS[f"{case}__labels"])
 
 
 def scene(dtype: torch.dtype = torch.float64, count: int = 12) -> tuple[Tensor, Tensor]:
