@@ -81,6 +81,23 @@ def test_the_same_configuration_gives_the_same_weights(run: Path, digits: Path, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_loss_that_follows_its_calibration_measures_it_on_images_kept_out_of_training(
+    digits: Path, tmp_path: Path
+) -> None:
+    overrides = [*tiny(digits), "criterion.classification={kind='adafocal', score_min=0.009, min_count=1}"]
+    outcome = train(ROOT / "configs/quickstart.toml", [*overrides, "data.holdout=0.3"], tmp_path / "run", resume=False)
+    events = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
+    adapted = [e for e in events if e["event"] == "adapt"]
+    trained = next(note for note in events[0]["notes"] if note.startswith("train: "))
+    held = next(note for note in events[0]["notes"] if note.startswith("held out of training: "))
+    assert sum(int(note.split(": ")[1].split()[0]) for note in (trained, held)) == 10
+    assert [e["epoch"] for e in adapted] == [1, 2]
+    assert sum(adapted[0]["count"]) > 0
+    assert adapted[0]["gamma"] != [2.0] * 15
+    stored = torch.load(outcome.fit.last, weights_only=True)["criterion"]["classification.gamma"]
+    assert stored[0].tolist() == adapted[-1]["gamma"]
+
+
 def test_fine_tuning_starts_from_a_checkpoint_and_keeps_equal_classes(run: Path, digits: Path, tmp_path: Path) -> None:
     overrides = [*tiny(digits), "data.source.unseen=[6, 7, 9]", f"initial_weights={json.dumps(str(run / 'best.pt'))}"]
     experiment = load(Experiment, ROOT / "configs/quickstart.toml", overrides)
@@ -108,6 +125,10 @@ def test_tools_print_tables(run: Path, tmp_path: Path) -> None:
         (("tools/train.py", "configs/none.toml"), "configs/none.toml: no such file"),
         (("tools/train.py", "configs/quickstart.toml", "--set", "fit.epoch=3"), "did you mean 'epochs'"),
         (("tools/train.py", "configs/quickstart.toml", "--set", "data.train=trian"), "known: train, calibration"),
+        (
+            ("tools/train.py", "configs/quickstart.toml", "--set", "criterion.classification.kind=adafocal"),
+            "set data.holdout = 0.1",
+        ),
         (("tools/eval.py", "nowhere"), "nowhere: no such file"),
     ],
 )
