@@ -40,6 +40,8 @@ def test_oracle_d_ece_with_right_closed_bins(oracle, oracle_numbers, bins):
     assert result.metrics["d_ece"] == pytest.approx(expected["value"], abs=1e-12)
     weights = [math.nan if v is None else v for v in expected["bin_weights"]]
     np.testing.assert_allclose(result.reliability.count / result.reliability.count.sum(), weights, atol=1e-12)
+    gaps = [math.nan if v is None else v for v in expected["bin_errors"]]
+    np.testing.assert_allclose(result.reliability.gap, gaps, atol=1e-12)
     precision = [math.nan if v is None else v for v in expected["bin_prec"]]
     np.testing.assert_allclose(result.reliability.mean_target, precision, atol=1e-12)
 
