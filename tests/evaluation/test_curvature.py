@@ -23,6 +23,8 @@ from detection.evaluation.curvature import (
 from detection.losses.box import CIoUConfig, DIoUConfig, GIoUConfig, L1Config, SmoothL1Config
 from detection.losses.criterion import CriterionConfig
 from detection.losses.focal import FocalConfig
+from detection.losses.foreground import Foreground
+from detection.losses.table import AUXILIARY, CLASSIFICATION, AuxiliaryConfig, ClassificationConfig
 from detection.model.anchors import AnchorConfig, anchor_levels
 from detection.types import Predictions, Target
 
@@ -255,3 +257,46 @@ def test_the_fused_loss_is_refused_rather_than_taken_for_flat() -> None:
     criterion = CriterionConfig(box=L1Config()).build(2, "cpu")
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         hessian_product(lambda: criterion(head(images), matches).total, list(head.parameters()))
+
+
+def follows_the_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> bool:
+    """H v equals the central difference of the gradient along v."""
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(loss(at), at)[0]
+
+    at = logits.clone().requires_grad_()
+    vector = random_direction(logits.numel(), 0, logits)
+    found = hessian_product(lambda: loss(at), [at])(vector)
+    step = 1e-5 * vector.view_as(logits)
+    expected = ((gradient(logits + step) - gradient(logits - step)) / 2e-5).flatten()
+    return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-9)
+
+
+@pytest.mark.parametrize("config", CLASSIFICATION, ids=lambda c: c.model_fields["kind"].default)
+def test_every_classification_loss_can_be_differentiated_twice(config: type[ClassificationConfig]) -> None:
+    """By its logits, against differences of its gradient. Box quality is a constant."""
+    outputs = 4 if config.activation == "softmax" else 3
+    logits = torch.randn(2, 8, outputs, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    labels = torch.tensor([[0, 3, 3, -1, 2, 3, 1, 3], [3, 3, 1, 0, -1, 3, 3, 2]], dtype=torch.int32)
+    quality = (torch.linspace(0.1, 0.9, 6, dtype=torch.float64),) if config.uses_quality else ()
+    module = config().build(3, "reference")
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    assert follows_the_gradient(lambda z: module(z, labels, scale, *quality), logits)
+
+
+@pytest.mark.parametrize("config", AUXILIARY, ids=lambda c: c.model_fields["kind"].default)
+def test_every_calibration_term_can_be_differentiated_twice(config: type[AuxiliaryConfig]) -> None:
+    logits = 2 * torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    labels = torch.tensor([[0, 3, 1, 2, 2, 3, 1, 0, 3, 1, -1, 2]], dtype=torch.int32)
+    positive = (labels[0] >= 0) & (labels[0] < 3)
+    iou = torch.linspace(0.2, 0.9, int(positive.sum()))
+    module = config().build(3)
+
+    def loss(z: Tensor) -> Tensor:
+        rows = z[0, positive]
+        own = labels[0, positive].long()
+        return module(Foreground(rows, rows.sigmoid(), own, iou, ((z, labels),), "sigmoid"))
+
+    assert follows_the_gradient(loss, logits)
