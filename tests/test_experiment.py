@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detection.classification_task import ClassificationExperiment
 from detection.config import load
 from detection.experiment import Experiment, build, evaluate_run, train
 
@@ -52,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_are_valid_and_open_with_their_command(path: Path) -> None:
-    load(Experiment, path)
+    load(ClassificationExperiment if path.stem == "crops" else Experiment, path)
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     for word in ("command:", "hardware:", "time:", "expected:"):
         assert any(word in line for line in head), f"{path.name}: no {word}"
@@ -154,3 +155,5 @@ def test_describe_prints_every_section() -> None:
     done = run_tool("tools/describe.py", "gamma")
     assert done.returncode == 0, done.stderr
     assert "criterion.classification[focal].gamma = 2.0" in done.stdout
+    crops = run_tool("tools/describe.py", "gamma", "--crops")
+    assert "loss.classification[inverse_focal].gamma = 2.0" in crops.stdout

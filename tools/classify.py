@@ -13,7 +13,7 @@ from detection.report.classification_tables import print_classification
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a classifier of single objects; then report its calibration.")
-    parser.add_argument("config", type=Path, help="TOML file, see configs/crops.toml")
+    parser.add_argument("config", type=Path, help="TOML file; tools/describe.py --crops lists every option")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override an option")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/ and the name of the config)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from detection.config import Section
 from detection.losses.adafocal_rows import AdaFocalRowsConfig
 from detection.losses.foreground import Foreground
+from detection.losses.mbls import MblsConfig
 from detection.losses.mdca import DcaConfig, MdcaConfig
+from detection.losses.mmce import MmceConfig, WeightedMmceConfig
 from detection.losses.rows import (
     brier_rows,
     ce_rows,
@@ -119,7 +121,7 @@ ROWS = (
     LabelSmoothingRowsConfig,
     MaeRowsConfig,
 )
-TERMS = (MdcaConfig, DcaConfig)
+TERMS = (MmceConfig, WeightedMmceConfig, MdcaConfig, DcaConfig, MblsConfig)
 
 RowsConfig = Annotated[
     CeRowsConfig
@@ -132,7 +134,9 @@ RowsConfig = Annotated[
     | MaeRowsConfig,
     Field(discriminator="kind"),
 ]
-TermConfig = Annotated[MdcaConfig | DcaConfig, Field(discriminator="kind")]
+TermConfig = Annotated[
+    MmceConfig | WeightedMmceConfig | MdcaConfig | DcaConfig | MblsConfig, Field(discriminator="kind")
+]
 
 
 class ClassifierLossConfig(Section):
