@@ -61,7 +61,7 @@ class AdaFocalConfig(Section):
     published, so that a gamma belongs to a rank of scores instead of a score."""
     min_count: int = Field(50, ge=1)
     """A range with fewer held-out pairs answers to the error of itself and the nearest ranges on its side that have as
-    many together; a side with fewer in all keeps its gammas."""
+    many together; where a side has fewer in all, its error counts in proportion."""
     hard: Literal["base", "faithful"] = "base"
     """Gamma of anchors on the wrong side of 0.5: the initial one, or that of their side's range nearest to 0.5."""
     positive: GammaLimits = GammaLimits(low=-1.5, high=10.0, switch=0.2)
@@ -223,18 +223,17 @@ def next_gamma(
 def joined_gap(gap: Float[Tensor, "b"], count: Int[Tensor, "b"], min_count: int) -> Float[Tensor, "b"]:
     """Each range's gap, that of too small ranges over a window of ranges around them with `min_count` pairs or more.
 
-    Windows grow by one range on either side. Where all ranges together have fewer, the gap is 0.
+    Windows grow by one range on either side. Where all ranges together have fewer, their gap shrinks in proportion.
     """
     total = torch.cat([count.new_zeros(1), count]).cumsum(0)
     weighted = torch.cat([gap.new_zeros(1), gap * count]).cumsum(0)
+    wanted = min(min_count, int(total[-1]))
     joined = torch.zeros_like(gap)
-    if int(total[-1]) < min_count:
-        return joined
     for i in range(len(gap)):
         low, high = i, i + 1
-        while int(total[high] - total[low]) < min_count:
+        while int(total[high] - total[low]) < wanted:
             low, high = max(low - 1, 0), min(high + 1, len(gap))
-        joined[i] = (weighted[high] - weighted[low]) / (total[high] - total[low])
+        joined[i] = (weighted[high] - weighted[low]) / max(min_count, int(total[high] - total[low]))
     return joined
 
 

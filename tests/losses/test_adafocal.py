@@ -135,14 +135,17 @@ def test_small_ranges_answer_to_a_window_around_them() -> None:
     assert joined_gap(gap, count, 30).tolist() == pytest.approx([0.25, 0.2, wide, -0.1, (-6 + 2.5) / 65])
     everything = (4 + 6 - 6 + 2.5) / 105
     assert joined_gap(gap, count, 105).tolist() == pytest.approx([everything] * 5)
-    assert joined_gap(gap, count, 106).tolist() == [0] * 5
+    assert joined_gap(gap, count, 210).tolist() == pytest.approx([everything / 2] * 5)
+    assert joined_gap(gap, count * 0, 30).tolist() == [0] * 5
 
 
-def test_few_pairs_change_nothing() -> None:
-    module = built(min_count=101)
-    module.adapt(*pairs(0.8, 0.0))
+def test_few_pairs_change_little_and_none_nothing() -> None:
+    module = built(min_count=400)
     module.adapt(torch.zeros(0), torch.zeros(0))
     assert (module.table == 2).all()
+    module.adapt(*pairs(0.8, 0.0))
+    assert element_gamma(module, 0.8, positive=True) == pytest.approx(2 * math.exp(0.8 / 4), rel=1e-4)
+    assert element_gamma(module, 0.3, positive=False) == pytest.approx(2, rel=1e-4)
     assert module.epochs == 2
 
 
