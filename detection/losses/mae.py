@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection
+from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection, score
 from detection.ops.focal import Implementation
 
 
@@ -32,7 +32,7 @@ class Mae(ElementwiseLoss):
     """|y - p| of every element."""
 
     def negative(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(z)
+        return score(z)
 
     def positive(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(-z)
+        return score(-z)

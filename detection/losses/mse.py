@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection
+from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection, score
 from detection.ops.focal import Implementation
 
 
@@ -30,7 +30,7 @@ class Mse(ElementwiseLoss):
     """(y - p)^2 of every element."""
 
     def negative(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(z).square()
+        return score(z).square()
 
     def positive(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(-z).square()
+        return score(-z).square()

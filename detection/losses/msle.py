@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection
+from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection, score
 from detection.ops.focal import Implementation
 
 
@@ -31,8 +31,8 @@ class Msle(ElementwiseLoss):
     """(log(1 + y) - log(1 + p))^2 of every element."""
 
     def negative(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(z).log1p().square()
+        return score(z).log1p().square()
 
     def positive(self, z: Tensor) -> Tensor:
         """log 2 - log(1 + p) as -log(1 - (1 - p) / 2), which keeps its digits where p is nearly 1."""
-        return torch.log1p(-torch.sigmoid(-z) / 2).square()
+        return torch.log1p(-score(-z) / 2).square()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection
+from detection.losses.elementwise import ElementwiseLoss, ElementwiseSection, score
 from detection.ops.focal import Implementation
 
 
@@ -33,7 +33,7 @@ class Poisson(ElementwiseLoss):
     """p - y log p of every element."""
 
     def negative(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(z)
+        return score(z)
 
     def positive(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(z) - F.logsigmoid(z)
+        return score(z) - F.logsigmoid(z)

@@ -31,12 +31,11 @@ def softmax_focal_rows(
     exact = exact.masked_fill(ignored[..., None], 0.0)
     own = labels.long().clamp(min=0)[..., None]
     whole = exact.logsumexp(-1)
-    loss = whole - exact.gather(-1, own)[..., 0]
+    log_q = exact.scatter(-1, own, -torch.inf).logsumexp(-1) - whole
+    # log p = log(1 - q) keeps its digits where q is small.
+    near = -torch.log1p(-torch.exp(log_q.clamp(max=-0.7)))
+    loss = torch.where(log_q < -0.7, near, whole - exact.gather(-1, own)[..., 0])
     if gamma != 0:
-        others = exact.scatter(-1, own, -torch.inf).logsumexp(-1)
-        log_q = others - whole
-        # log p = log(1 - q) keeps its digits where q is small.
-        loss = torch.where(log_q < -0.7, -torch.log1p(-torch.exp(log_q.clamp(max=-0.7))), loss)
         loss = loss * torch.exp(gamma * log_q)
     if alpha >= 0:
         loss = loss * torch.where(labels == logits.shape[-1] - 1, 1 - alpha, alpha).to(exact.dtype)
