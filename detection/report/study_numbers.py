@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +22,15 @@ class CellResult:
     head: str
     seed: int
     status: Literal["done", "failed", "missing"]
-    folder: str
+    folder: Path
+    """Its run folder."""
+    overrides: tuple[str, ...] = ()
+    """What makes it, over the base configuration."""
     error: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The measures as they were recorded, with reliability bins, uncertainties, settings."""
-    adapt: Sequence[Mapping[str, Any]] = ()
-    """Journal rows of a loss that follows its own calibration error."""
 
 
 @dataclass(frozen=True, slots=True)

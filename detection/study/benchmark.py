@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from detection.report.study_files import write_results
+from detection.report.study_figures import draw_study
+from detection.report.study_numbers import CellResult
+from detection.report.study_page import measure_settings, write_page, write_results, write_table
+from detection.report.study_tables import ALIKE, BEST, StudyTable, print_study, study_tables
 from detection.study.grid import Progress, Work, run_grid
-from detection.study.plan import read_study
+from detection.study.plan import Cell, Study, read_study
+from detection.study.ray_cluster import Resources, run_on_ray
 from detection.study.results import cell_result
 
 
@@ -27,21 +31,65 @@ class Options:
     report_only: bool = False
     """Run nothing."""
     ray: str | None = None
-    """Address of a Ray cluster that runs the cells; "auto" or "local"."""
+    """Address of a Ray cluster that runs the cells; "local" starts one here."""
+    resources: Resources = field(default_factory=Resources)
+    """Of a cell on the cluster."""
 
 
-def benchmark(study_file: Path, options: Options, say: Callable[[str], None]) -> Path:
-    """The folder of the study's results. Errors: one of `detection.experiment.USER_ERRORS`."""
+def benchmark(study_file: Path, options: Options, say: Callable[[str], None]) -> bool:
+    """Runs a study and prints its tables; false where a signal stopped it. Errors: one of `USER_ERRORS`."""
     study, cells = read_study(study_file, options.overrides, options.cells)
-    out = options.out or Path("runs/studies") / study_file.stem
-    grid = f"{len(study.heads)} heads x {len(study.seeds)} seeds"
-    say(f"{study.title or study_file.stem}: {grid}, cells in {options.cells}")
+    title = study.title or study_file.stem
+    say(f"{title}: {len(study.heads)} heads x {len(study.seeds)} seeds, cells in {options.cells}")
     if not options.report_only:
-        run_grid(cells, options.work, lambda progress: say(progress_line(progress)))
+        ended = run_cells(cells, options, lambda progress: say(progress_line(progress)))
+        if not ended:
+            say("stopped; the same command goes on from here")
+            return False
+    write_study(study, cells, title, options.out or Path("runs/studies") / study_file.stem)
+    return True
+
+
+def run_cells(cells: Sequence[Cell], options: Options, report: Callable[[Progress], None]) -> bool:
+    """Runs the cells here or on a Ray cluster; false where a signal stopped it."""
+    if options.ray is None:
+        return run_grid(cells, options.work, report)
+    return run_on_ray(cells, options.work, options.ray, options.resources, report)
+
+
+def write_study(study: Study, cells: Sequence[Cell], title: str, out: Path) -> None:
+    """Prints the tables of what is on disk, and writes them with the pictures to `out`."""
     results = [cell_result(cell) for cell in cells]
+    tables = study_tables(results, study.task, study.measures.alpha)
+    notes = _notes(study, results, tables)
     write_results(out, results)
-    say(f"results in {out}")
-    return out
+    write_table(out, tables, results)
+    pictures = draw_study(results, study.task, out, title)
+    write_page(out, title, tables, results, notes, pictures)
+    print_study(title, tables, results, [*notes, f"tables and pictures in {out}"])
+
+
+def _notes(study: Study, results: Sequence[CellResult], tables: Sequence[StudyTable]) -> list[str]:
+    seeds = len(study.seeds)
+    alpha = f"{study.measures.alpha:g}"
+    notes = [
+        f"Mean ± deviation (n - 1) over seeds {', '.join(map(str, study.seeds))}; - where nothing can be measured."
+    ]
+    if seeds > 1:
+        notes += [
+            f"{BEST} (bold) the best mean; {ALIKE} not distinguishable from it: two-sided paired t-test over {seeds} "
+            f"seeds, p >= {alpha}, not corrected for the number of comparisons.",
+            f"{seeds} seeds leave it {seeds - 1} degrees of freedom: {ALIKE} means not shown to differ, not equal.",
+        ]
+    else:
+        notes.append(f"{BEST} (bold) the best; one seed, so nothing can be said about chance.")
+    notes.append("Calibration numbers are of what a head detects: one that detects little can look calibrated; see AP.")
+    if study.task == "detection":
+        notes.append(f"Calibrated: {', '.join(study.measures.calibration)}; fitted on the selection split.")
+    failed = [f"{r.head} seed {r.seed}" for r in results if r.error]
+    if failed:
+        notes.append(f"Failed, at least in part: {', '.join(failed)}.")
+    return [*notes, *measure_settings(results, tables)]
 
 
 def progress_line(progress: Progress) -> str:

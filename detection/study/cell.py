@@ -24,7 +24,7 @@ from detection.engine.journal import CONFIG
 from detection.study.classifier_cell import classifier_parts, train_classifier_cell
 from detection.study.detector_cell import detector_parts, train_detector_cell
 from detection.study.measured import Measured, without_nan
-from detection.study.plan import Cell
+from detection.study.plan import Cell, is_trained
 from detection.types import DataError
 
 CELL = "cell.json"
@@ -127,6 +127,8 @@ def check_same_settings(cell: Cell) -> None:
 def _train(cell: Cell) -> bool:
     """Whether training came to its end."""
     check_same_settings(cell)
+    if is_trained(cell.folder):
+        return True
     cell.folder.mkdir(parents=True, exist_ok=True)
     resume = any(cell.folder.iterdir())
     train = train_detector_cell if cell.task == "detection" else train_classifier_cell
@@ -134,7 +136,7 @@ def _train(cell: Cell) -> bool:
 
 
 def _measure(cell: Cell, record: CellRecord, retry_failed: bool) -> None:
-    """Makes what is missing, then writes the record; each part by itself where the cell has a record already."""
+    """Makes what is missing, then writes the record."""
     parts = dict(record.parts)
     for key, make in parts_of(cell).values():
         if _is_made(record, key, retry_failed):

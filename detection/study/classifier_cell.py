@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from detection.classification_task import ClassificationExperiment, report_classifier, train_classifier
+import numpy as np
+
+from detection.classification_task import LOGITS, ClassificationExperiment, report_classifier, train_classifier
 from detection.config import override
 from detection.engine.checkpoint import BEST, LAST
 from detection.engine.parallel import choose_device
+from detection.evaluation.classification import uncertainties
+from detection.evaluation.ood import ood_metrics
 from detection.study.measured import Measured, Parts, stored_evaluation
 from detection.study.plan import Cell
 
@@ -17,7 +21,11 @@ def train_classifier_cell(cell: Cell, resume: bool) -> bool:
 
 def classifier_parts(cell: Cell) -> Parts:
     """The measures of a trained classifier: as it came, and with the temperature of its own configuration."""
-    return {"raw": ([], lambda: _evaluation(cell, "raw")), "calibrated": ([], lambda: _evaluation(cell, "calibrated"))}
+    return {
+        "raw": ([], lambda: _evaluation(cell, "raw")),
+        "calibrated": ([], lambda: _evaluation(cell, "calibrated")),
+        "ood": ([], lambda: _ood(cell)),
+    }
 
 
 def _evaluation(cell: Cell, side: str) -> Measured:
@@ -28,3 +36,16 @@ def _evaluation(cell: Cell, side: str) -> Measured:
     path = cell.folder / (LAST if experiment.reported == "last" else BEST)
     report = report_classifier(path, experiment, choose_device(experiment.device), cell.folder)
     return (report.raw if side == "raw" else report.calibrated).as_json()
+
+
+def _ood(cell: Cell) -> Measured:
+    """The uncertainties, 1 - confidence, of familiar and of unfamiliar crops; nothing where there are none."""
+    experiment = override(ClassificationExperiment, cell.resolved, [], str(cell.config))
+    path = cell.folder / "evaluation" / (experiment.data.test or "") / LOGITS
+    if not path.is_file():
+        return {}
+    with np.load(path) as arrays:
+        inside, outside = (uncertainties(arrays[name])["confidence"] for name in ("logits", "ood_logits"))
+    if not len(outside):
+        return {}
+    return {"metrics": ood_metrics(inside, outside), "inside": inside.tolist(), "outside": outside.tolist()}

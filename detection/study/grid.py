@@ -75,17 +75,20 @@ def run_grid(cells: Sequence[Cell], work: Work, report: Callable[[Progress], Non
     SIGTERM or Ctrl-C stops the trainings, which save where they are.
     """
     todo = pending(cells, work)
-    clock = _Clock(len(cells), len(cells) - len(todo), work.jobs)
+    clock = Clock(len(cells), len(cells) - len(todo), work.jobs)
     waiting = list(todo)
     running: dict[int, _Running] = {}
-    with _Stop() as stop:
+    passed_on = False
+    with Stop() as stop:
         try:
             while running or (waiting and not stop.requested):
                 while waiting and len(running) < work.jobs and not stop.requested:
                     one = _start(waiting.pop(0), work)
                     running[one.process.sentinel] = one
-                if stop.requested:
-                    stop.pass_on([one.process for one in running.values()])
+                if stop.requested and not passed_on:
+                    passed_on = True
+                    for one in running.values():
+                        one.process.terminate()
                 for sentinel in wait(list(running), timeout=0.5):
                     assert isinstance(sentinel, int)
                     one = running.pop(sentinel)
@@ -113,16 +116,23 @@ def _start(cell: Cell, work: Work) -> _Running:
 
 
 def cell_process(cell: Cell, retry_failed: bool, measure_only: bool, threads: int) -> None:
-    """The main function of a cell's process. What it prints goes into CELL.log beside the cell's folder."""
+    """The main function of a cell's process; its exit code says what became of the cell."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    outcome, _ = run_logged(cell, retry_failed, measure_only, threads)
+    sys.exit({"failed": FAILED, "interrupted": INTERRUPTED, "error": ERROR}.get(outcome, 0))
+
+
+def run_logged(cell: Cell, retry_failed: bool, measure_only: bool, threads: int) -> tuple[str, float]:
+    """What became of a cell, and the seconds it took. What it prints goes into CELL.log beside the cell's folder."""
+    started = time.monotonic()
+    outcome: str = "error"
     with logged(cell):
         torch.set_num_threads(threads)
         try:
             outcome = run_cell(cell, retry_failed, measure_only)
         except Exception:
             traceback.print_exc()
-            sys.exit(ERROR)
-    sys.exit({"failed": FAILED, "interrupted": INTERRUPTED}.get(outcome, 0))
+    return outcome, time.monotonic() - started
 
 
 def _end_with_parent(parent: int) -> None:
@@ -152,7 +162,7 @@ def _outcome(process: BaseProcess) -> str:
     return EXIT.get(code or 0, f"error {code}")
 
 
-class _Clock:
+class Clock:
     """Estimates what is left from the cells that ended."""
 
     def __init__(self, total: int, finished: int, jobs: int) -> None:
@@ -171,15 +181,14 @@ class _Clock:
         return Progress(cell, outcome, seconds, self._finished, self._total, left)
 
 
-class _Stop:
-    """Turns SIGTERM and Ctrl-C into a flag, and hands them on to the cells once."""
+class Stop:
+    """Turns SIGTERM and Ctrl-C into a flag."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._passed_on = False
         self._previous: dict[int, signal._HANDLER] = {}
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):
                 self._previous[number] = signal.signal(number, self._receive)
@@ -188,12 +197,6 @@ class _Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def pass_on(self, processes: Sequence[BaseProcess]) -> None:
-        if not self._passed_on:
-            self._passed_on = True
-            for process in processes:
-                process.terminate()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -143,18 +143,20 @@ def known_cells(cells: Path, schema: type[Section]) -> dict[str, Path]:
     return found
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether the training of a run folder came to its end."""
+    last = read_journal(folder)[-1:]
+    return any(e.get("event") == "end" and not str(e.get("reason", "")).startswith("interrupted") for e in last)
+
+
 def _identity_of_run(folder: Path, schema: type[Section]) -> str | None:
     """None where there is no run that came to its end, or one of another task."""
-    if not any(e.get("event") == "end" and not _was_stopped(e) for e in read_journal(folder)[-1:]):
+    if not is_trained(folder):
         return None
     try:
         return identity(parse(schema, json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder)))
     except (OSError, ValueError):
         return None
-
-
-def _was_stopped(end: dict[str, Any]) -> bool:
-    return str(end.get("reason", "")).startswith("interrupted")
 
 
 def _cell(

@@ -12,8 +12,6 @@ from detection.report.study_numbers import CellResult, Curve
 from detection.study.cell import CellRecord, parts_of, read_cell
 from detection.study.plan import Cell
 
-CURVATURE = ("eigenvalue", "trace", "residual", "trace_error")
-
 
 def cell_result(cell: Cell) -> CellResult:
     """The result of a cell as it is on disk. Errors: DataError where its record is malformed."""
@@ -24,12 +22,12 @@ def cell_result(cell: Cell) -> CellResult:
         head=cell.head,
         seed=cell.seed,
         status="missing" if record is None else record.status,
-        folder=cell.name,
+        folder=cell.folder,
+        overrides=cell.overrides,
         error=_error(record, parts),
         values={**_numbers(parts), **_speed(journal, cell.resolved)},
         curves=_curves(journal),
         parts=parts,
-        adapt=[event for event in journal if event.get("event") == "adapt"],
     )
 
 

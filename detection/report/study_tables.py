@@ -1,0 +1,154 @@
+"""A study's tables: which numbers stand in which, and how they read on a terminal, on a page and in a sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from detection.report.study_numbers import CellResult, Summary, by_head, compare_heads
+from detection.report.tables import new_table
+
+WIDTH = 118
+NONE = "-"
+BEST, ALIKE = "**", "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A number of a table."""
+
+    name: str
+    """Of the value, with its part."""
+    label: str
+    direction: Literal["max", "min"] | None = None
+    """Which way is better; None marks no best."""
+
+
+def _columns(part: str, *columns: tuple[str, str, Literal["max", "min"] | None]) -> tuple[Column, ...]:
+    return tuple(Column(f"{part}.{name}", label, direction) for name, label, direction in columns)
+
+
+DETECTION_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...] = (
+    ("d_ece", "D-ECE", "min"),
+    ("ece_em", "ECE_EM", "min"),
+    ("d_ece_class", "class D-ECE", "min"),
+    ("la_ece", "LaECE_0", "min"),
+    ("nll", "NLL", "min"),
+    ("brier", "Brier", "min"),
+)
+CLASSIFIER_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...] = (
+    ("nll", "NLL", "min"),
+    ("brier", "Brier", "min"),
+    ("ece", "ECE", "min"),
+    ("ece_em", "ECE_EM", "min"),
+    ("ece_classwise", "class ECE", "min"),
+    ("ood_auroc_confidence", "OOD AUROC", "max"),
+    ("ood_auroc_entropy", "entropy", "max"),
+)
+COST = (
+    Column("curvature.eigenvalue", "Hessian's top eigenvalue"),
+    Column("curvature.trace", "Hessian's trace"),
+    Column("training.seconds_a_step", "seconds a step"),
+)
+DETECTION = {
+    "Accuracy, raw scores": (
+        *_columns("raw", ("ap", "AP", "max"), ("ap50", "AP50", "max")),
+        *_columns(
+            "raw",
+            ("best_f1_precision", "precision", None),
+            ("best_f1_recall", "recall", None),
+            ("best_f1", "best F1", "max"),
+        ),
+        Column("ood.auroc", "OOD AUROC", "max"),
+    ),
+    "Calibration of raw scores": _columns("raw", *DETECTION_CALIBRATION),
+    "Calibration of calibrated scores": _columns("calibrated", *DETECTION_CALIBRATION),
+    "Curvature of the training loss, and speed": COST,
+}
+CLASSIFICATION = {
+    "Accuracy": (
+        *_columns("raw", ("accuracy", "accuracy", "max"), ("precision", "precision", "max")),
+        *_columns("raw", ("recall", "recall", "max"), ("f1", "F1", "max")),
+        Column("training.seconds_a_step", "seconds a step"),
+    ),
+    "Calibration of raw scores": _columns("raw", *CLASSIFIER_CALIBRATION),
+    "Calibration after temperature scaling": _columns("calibrated", *CLASSIFIER_CALIBRATION),
+}
+TABLES = {"detection": DETECTION, "classification": CLASSIFICATION}
+
+
+@dataclass(frozen=True, slots=True)
+class StudyTable:
+    """One table: head -> column -> summary."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: Mapping[str, Mapping[str, Summary]]
+
+
+def study_tables(results: Sequence[CellResult], task: str, alpha: float) -> list[StudyTable]:
+    """The tables of a task; columns that no cell has a number for are left out."""
+    tables = []
+    for title, columns in TABLES[task].items():
+        values = {column: by_head(results, column.name) for column in columns}
+        known = tuple(c for c in columns if any(v == v for seeds in values[c].values() for v in seeds.values()))
+        if not known:
+            continue
+        compared = {c.name: compare_heads(values[c], c.direction, alpha) for c in known}
+        heads = list(dict.fromkeys(result.head for result in results))
+        rows = {head: {name: by_name[head] for name, by_name in compared.items()} for head in heads}
+        tables.append(StudyTable(title, known, rows))
+    return tables
+
+
+def number_text(value: float) -> str:
+    """Three digits that matter, without a zero before the point."""
+    if math.isnan(value):
+        return NONE
+    size = abs(value)
+    text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:.2e}"
+    return text.replace("0.", ".", 1) if size < 1 else text
+
+
+def summary_text(summary: Summary) -> str:
+    """Mean ± deviation; the mean alone of one seed."""
+    mean = number_text(summary.mean)
+    return mean if math.isnan(summary.deviation) else f"{mean} ± {number_text(summary.deviation)}"
+
+
+def mark(summary: Summary) -> str:
+    return BEST if summary.is_best else ALIKE if summary.alike else ""
+
+
+def print_study(title: str, tables: Sequence[StudyTable], results: Sequence[CellResult], notes: Sequence[str]) -> None:
+    """Prints the tables, at most 120 columns wide."""
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    for table in tables:
+        shown = new_table("", *(c.label for c in table.columns))
+        for head, row in table.rows.items():
+            shown.add_row(f"{head}{incomplete(results, head)}", *(_cell(row[c.name]) for c in table.columns))
+        parts += [Text(f"\n{table.title}", style="bold"), shown]
+    parts.append(Text("\n".join(notes), style="dim"))
+    console = Console(highlight=False)
+    console.width = min(max(console.width, 80), WIDTH) if console.is_terminal else WIDTH
+    console.print(Group(*parts))
+
+
+def incomplete(results: Sequence[CellResult], head: str) -> str:
+    """How many seeds a head has, where that is not all of them, or some failed."""
+    own = [r for r in results if r.head == head]
+    done = sum(r.status == "done" for r in own)
+    failed = sum(r.status == "failed" for r in own)
+    if done == len(own):
+        return ""
+    return f" ({done} of {len(own)}{f', {failed} failed' if failed else ''})"
+
+
+def _cell(summary: Summary) -> Text:
+    style = "bold" if summary.is_best else ""
+    return Text(f"{summary_text(summary)}{mark(summary):<2}", style=style, no_wrap=True)
