@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from detection.evaluation.evaluate import Evaluation
-from detection.report.tables import new_table, number, render, settings_lines
+from detection.report.tables import console, new_table, number, render, settings_lines
 
 COMPARED = ("ap", "ap50", "d_ece", "la_ece", "la_ace", "ece_em", "brier", "nll", "precision", "recall")
 
@@ -63,4 +63,4 @@ def side_by_side(raw: Evaluation, calibrated: Evaluation, replaced: Mapping[str,
 
 
 def _print(content: Group | Text) -> None:
-    Console(highlight=False, soft_wrap=True).print(content)
+    console().print(content)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.text import Text
 
 from detection.data.check import Finding, check_anchors, check_coco_json, check_records, check_shared_images
@@ -15,6 +14,7 @@ from detection.data.source import Source
 from detection.data.transforms import TransformConfig, resized
 from detection.model.anchors import anchor_levels
 from detection.model.retinanet import RetinaNetConfig
+from detection.report.tables import console
 from detection.types import DataError, Records
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": ""}
@@ -54,12 +54,12 @@ def check_splits(
 
 def print_findings(found: dict[str, list[Finding]]) -> int:
     """Prints the findings under their headings, errors first; the number of errors."""
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = console()
     order = ("error", "warning", "info")
     for heading, findings in found.items():
-        console.print(Text(heading, style="bold"))
+        terminal.print(Text(heading, style="bold"))
         for finding in sorted(findings, key=lambda f: order.index(f.severity)):
-            console.print(Text(f"  {finding}", style=STYLES[finding.severity]))
+            terminal.print(Text(f"  {finding}", style=STYLES[finding.severity]))
         if not findings:
-            console.print(Text("  nothing to report"))
+            terminal.print(Text("  nothing to report"))
     return sum(finding.severity == "error" for findings in found.values() for finding in findings)

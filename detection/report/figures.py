@@ -131,12 +131,14 @@ def size_figure(measured: Measured) -> Figure:
         span = f"{edges[i]:.0f}–{edges[i + 1]:.0f}"
         means = (float(groups.mean_score[i]), float(groups.precision[i]), float(groups.gap[i]))
         rows.append((span, count, *means, _span(low, high, i)))
-        parts.append(svg.text(x(i + 0.5), y.start + 16, span, "tick mid"))
         if count:
             parts.append(svg.whisker(x(i + 0.4), y(float(low[i])), y(float(high[i]))))
             parts.append(svg.dot(x(i + 0.4), y(float(groups.precision[i])), "fill s1", 4.5))
             at, half = (x(i + 0.65), y(float(groups.mean_score[i]))), 4.0
             parts.append(svg.bar(at[0] - half, at[1] - half, 2 * half, 2 * half, "fill s2"))
+    for i, edge in enumerate(edges.tolist() if len(groups.count) else []):
+        parts.append(svg.line((x(i), y.start), (x(i), y.start + 4), "axis"))
+        parts.append(svg.text(x(i), y.start + 16, f"{edge:.0f}", "tick mid"))
     said = "; ".join(f"{row[0]} pixels: mean score {row[2]:.2f}, precision {row[3]:.2f}" for row in rows if row[1])
     return Figure(
         title=measured.titled("Calibration by box size"),

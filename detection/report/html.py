@@ -110,9 +110,9 @@ def figure(data: Figure) -> str:
     )
 
 
-def gallery(figures: Sequence[str]) -> str:
-    """Figures side by side where there is room."""
-    return f'<div class="gallery">{"".join(figures)}</div>'
+def gallery(figures: Sequence[str], paired: bool = False) -> str:
+    """Figures side by side where there is room; `paired`: two in a row at most."""
+    return f'<div class="gallery{" paired" if paired else ""}">{"".join(figures)}</div>'
 
 
 def show(cell: Cell) -> str:

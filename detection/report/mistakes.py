@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from PIL import Image
 
@@ -21,6 +21,8 @@ NEAR = 0.1
 """IoU from which a false detection is meant for an object. Source: Bolya et al. 2020 (TIDE), its lower threshold."""
 CONTEXT = 0.6
 """Share of the box's longer side that is shown around it."""
+CHUNK = 1 << 16
+"""Detections whose pairs with the objects of their images are in memory at a time."""
 LEAST_SIDE, MOST_SIDE = 48.0, 320
 """Pixels of the file that a crop shows at least; pixels that a stored crop has at most."""
 
@@ -42,48 +44,73 @@ class Mistake:
 
 def confident_mistakes(measured: Measured, most: int) -> list[Mistake]:
     """The false detections of highest score, in falling order."""
-    found, pool = measured.matching.detections, measured.pool
-    wrong = np.flatnonzero(~pool.correct & ~pool.ignored)
+    found = measured.matching.detections
+    wrong = _wrong(measured)
     worst = wrong[np.argsort(-found.scores[wrong], kind="stable")[:most]]
+    kinds, overlaps, others = classify(measured, worst)
     records = measured.run.records
     position = np.argsort(records.image_ids, kind="stable")
-    threshold = pool.case.iou_threshold
-    mistakes = []
-    for row in worst.tolist():
-        record = records[int(position[found.image[row]])]
-        box, label = found.boxes[row], int(found.labels[row])
-        kind, iou, other = classify(box, label, record, threshold)
-        mistakes.append(Mistake(record, box, float(found.scores[row]), label, kind, iou, other))
-    return mistakes
+    return [
+        Mistake(
+            record=records[int(position[found.image[row]])],
+            box=found.boxes[row],
+            score=float(found.scores[row]),
+            label=int(found.labels[row]),
+            kind=KINDS[kind],
+            iou=iou,
+            other=other if other >= 0 else None,
+        )
+        for row, kind, iou, other in zip(
+            worst.tolist(), kinds.tolist(), overlaps.tolist(), others.tolist(), strict=True
+        )
+    ]
 
 
 def count_kinds(measured: Measured, score_threshold: float) -> dict[str, int]:
     """False detections at or above the threshold by kind."""
-    found, pool = measured.matching.detections, measured.pool
-    wrong = ~pool.correct & ~pool.ignored & (found.scores >= score_threshold)
-    mistakes = confident_mistakes(measured, int(wrong.sum()))
-    kinds = [mistake.kind for mistake in mistakes]
-    return {kind: kinds.count(kind) for kind in KINDS}
+    wrong = _wrong(measured)
+    wrong = wrong[measured.matching.detections.scores[wrong] >= score_threshold]
+    parts = [classify(measured, rows)[0] for rows in np.array_split(wrong, len(wrong) // CHUNK + 1)]
+    counts = np.bincount(np.concatenate(parts), minlength=len(KINDS))
+    return dict(zip(KINDS, counts.tolist(), strict=True))
 
 
 def classify(
-    box: Float[ndarray, "4"], label: int, record: Record, iou_threshold: float
-) -> tuple[str, float, int | None]:
-    """The kind of a false detection, its largest IoU, and the other object's class where the class is wrong."""
-    overlap = np.where(record.crowd, 0.0, _iou(box, record.boxes))
-    own = overlap[record.labels == label].max(initial=0.0)
-    foreign = np.where(record.labels == label, 0.0, overlap)
-    best = int(foreign.argmax()) if len(foreign) else 0
-    strange = float(foreign[best]) if len(foreign) else 0.0
-    if own >= iou_threshold and own > 0:
-        return "duplicate", float(own), None
-    if strange >= iou_threshold and strange > 0:
-        return "wrong class", strange, int(record.labels[best])
-    if own >= NEAR:
-        return "badly placed", float(own), None
-    if strange >= NEAR:
-        return "wrong class, badly placed", strange, int(record.labels[best])
-    return "nothing there", float(max(own, strange)), None
+    measured: Measured, rows: Int[ndarray, "n"]
+) -> tuple[Int[ndarray, "n"], Float[ndarray, "n"], Int[ndarray, "n"]]:
+    """Of false detections: the place in `KINDS`, the largest IoU, and the other object's class (-1: not another's)."""
+    found, objects = measured.matching.detections, measured.matching.objects
+    owner, partner = _pairs(measured, rows)
+    iou = np.where(objects.crowd[partner], 0.0, _iou(found.boxes[rows[owner]], objects.boxes[partner]))
+    same = objects.labels[partner] == found.labels[rows[owner]]
+    own, strange = np.zeros(len(rows)), np.zeros(len(rows))
+    np.maximum.at(own, owner[same], iou[same])
+    np.maximum.at(strange, owner[~same], iou[~same])
+    best = ~same & (iou == strange[owner])
+    label = np.full(len(rows), -1)
+    label[owner[best][::-1]] = objects.labels[partner[best]][::-1]
+    limit = max(measured.pool.case.iou_threshold, np.finfo(np.float64).tiny)
+    kinds = np.select([own >= limit, strange >= limit, own >= NEAR, strange >= NEAR], [0, 1, 2, 3], len(KINDS) - 1)
+    largest = np.choose(kinds, [own, strange, own, strange, np.maximum(own, strange)])
+    return kinds, largest, np.where((kinds == 1) | (kinds == 3), label, -1)
+
+
+def _wrong(measured: Measured) -> Int[ndarray, "n"]:
+    """Rows of the false detections."""
+    rows: ndarray = np.flatnonzero(~measured.pool.correct & ~measured.pool.ignored)
+    return rows
+
+
+def _pairs(measured: Measured, rows: Int[ndarray, "n"]) -> tuple[Int[ndarray, "p"], Int[ndarray, "p"]]:
+    """Every pair of a place in `rows` and an object of the detection's image."""
+    image = measured.matching.detections.image[rows]
+    objects = measured.matching.objects.image
+    order = np.argsort(objects, kind="stable")
+    start = np.searchsorted(objects[order], image, side="left")
+    count = np.searchsorted(objects[order], image, side="right") - start
+    owner = np.repeat(np.arange(len(rows)), count)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    return owner, order[np.repeat(start, count) + within]
 
 
 def crop(mistake: Mistake, description: str, images: bool = True) -> str | None:
@@ -143,10 +170,9 @@ def _outline(box: ndarray, style: str) -> list[str]:
     return [svg.bar(x1, y1, x2 - x1, y2 - y1, kind) for kind in ("halo", style)]
 
 
-def _iou(box: Float[ndarray, "4"], others: Float[ndarray, "m 4"]) -> Float[ndarray, "m"]:
-    low = np.maximum(box[:2], others[:, :2])
-    high = np.minimum(box[2:], others[:, 2:])
+def _iou(a: Float[ndarray, "p 4"], b: Float[ndarray, "p 4"]) -> Float[ndarray, "p"]:
+    low, high = np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=1)
-    union = np.prod(box[2:] - box[:2]) + np.prod(others[:, 2:] - others[:, :2], axis=1) - shared
-    iou: Float[ndarray, "m"] = np.divide(shared, union, out=np.zeros(len(others)), where=union > 0)
+    union = np.prod(a[:, 2:] - a[:, :2], axis=1) + np.prod(b[:, 2:] - b[:, :2], axis=1) - shared
+    iou: Float[ndarray, "p"] = np.divide(shared, union, out=np.zeros(len(a)), where=union > 0)
     return iou

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -138,8 +138,8 @@ def _summary(measured: Measured) -> list[str]:
 
 def _accuracy(measured: Measured) -> list[str]:
     table = metrics_tables.metrics_table(measured, metrics_tables.ACCURACY, "Higher is better, but for LRP")
-    drawn = [*figures.precision_recall(measured), *(figures.score_histogram(one) for one in _both(measured))]
-    return [html.table(table), html.gallery([html.figure(figure) for figure in drawn])]
+    curves = [html.figure(figure) for figure in figures.precision_recall(measured)]
+    return [html.table(table), *_galleries(measured, curves, [figures.score_histogram])]
 
 
 def _calibration(measured: Measured) -> list[str]:
@@ -147,14 +147,19 @@ def _calibration(measured: Measured) -> list[str]:
     remark: list[str] = []
     if measured.before is not None:
         remark.append(html.paragraph(TARGET_REMARK.format(measured.pool.case.iou_threshold), "muted"))
-    kinds = (figures.reliability, figures.size_figure, figures.place_figure)
-    drawn = [draw(one) for draw in kinds for one in _both(measured)]
-    return [html.table(table), *remark, html.gallery([html.figure(figure) for figure in drawn])]
+    kinds = [figures.reliability, figures.size_figure, figures.place_figure]
+    return [html.table(table), *remark, *_galleries(measured, [], kinds)]
 
 
-def _both(measured: Measured) -> list[Measured]:
-    """Before calibration, where there is that, and after it."""
-    return [measured] if measured.before is None else [measured.before, measured]
+def _galleries(
+    measured: Measured, first: Sequence[str], kinds: Sequence[Callable[[Measured], html.Figure]]
+) -> list[str]:
+    """The figures `first` and one of each kind together; where scores were calibrated, each kind before and after."""
+    if measured.before is None:
+        return [html.gallery([*first, *(html.figure(draw(measured)) for draw in kinds)])]
+    alone = [html.gallery(first, paired=True)] if first else []
+    sides = (measured.before, measured)
+    return [*alone, *(html.gallery([html.figure(draw(one)) for one in sides], paired=True) for draw in kinds)]
 
 
 def _confusion(measured: Measured, counts: np.ndarray, shown: float) -> list[str]:

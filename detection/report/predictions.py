@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 from rich.text import Text
 
-from detection.report.tables import new_table
+from detection.report.tables import console, new_table
 
 MOST_ROWS = 60
 MOST_OF_IMAGE = 12
@@ -51,9 +50,10 @@ class Predicted:
 
 def print_predictions(predicted: Predicted) -> None:
     """Prints the detections image by image; long lists are cut, and say so."""
-    columns = ("score", "raw score") if predicted.calibrated else ("score",)
-    table = new_table("image", "class", *columns, "left", "top", "width", "height")
-    table.columns[0].no_wrap, table.columns[0].overflow = True, "ellipsis"
+    columns = ("score", "raw") if predicted.calibrated else ("score",)
+    table = new_table("image", "class", *columns, "x", "y", "width", "height")
+    for column in table.columns[:2]:
+        column.no_wrap, column.overflow = True, "ellipsis"
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(image.path)) for image in predicted.images])
     room = MOST_ROWS
     for image in predicted.images:
@@ -68,10 +68,10 @@ def print_predictions(predicted: Predicted) -> None:
         for i, row in enumerate(cells):
             table.add_row(Text(printable(os.path.relpath(image.path, folder)) if i == 0 else ""), *row)
     total = sum(len(image.scores) for image in predicted.images)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(Text(f"{len(predicted.images)} images, {total} detections shown"))
-    console.print(Text("\n".join(map(printable, predicted.notes)), style="dim"))
+    terminal = console()
+    terminal.print(table)
+    terminal.print(Text(f"{len(predicted.images)} images, {total} detections shown"))
+    terminal.print(Text("\n".join(map(printable, predicted.notes)), style="dim"))
 
 
 def draw(pixels: UInt8[ndarray, "H W 3"], image: PredictedImage, class_names: Sequence[str]) -> Image.Image:
@@ -83,14 +83,15 @@ def draw(pixels: UInt8[ndarray, "H W 3"], image: PredictedImage, class_names: Se
     font = ImageFont.load_default(size=max(11, longer // 55))
     pen, width = ImageDraw.Draw(picture), max(2, longer // 400)
     for i in reversed(range(len(image.scores))):
-        colour = COLOURS[int(image.labels[i]) % len(COLOURS)]
         x1, y1, x2, y2 = (float(v) * factor for v in image.boxes[i])
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=width)
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=_colour(image, i), width=width)
+    for i in reversed(range(len(image.scores))):
+        x1, y1 = (float(v) * factor for v in image.boxes[i, :2])
         text = f"{printable(class_names[int(image.labels[i])])} {image.scores[i]:.2f}"
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         w, h = right - left + 4, bottom - top + 4
         at = (min(max(x1, 0), max(picture.width - w, 0)), y1 - h if y1 >= h else min(y1, picture.height - h))
-        pen.rectangle((at[0], at[1], at[0] + w, at[1] + h), fill=colour)
+        pen.rectangle((at[0], at[1], at[0] + w, at[1] + h), fill=_colour(image, i))
         pen.text((at[0] + 2 - left, at[1] + 2 - top), text, fill="#101010", font=font)
     return picture
 
@@ -98,6 +99,10 @@ def draw(pixels: UInt8[ndarray, "H W 3"], image: PredictedImage, class_names: Se
 def printable(text: str) -> str:
     """The text without characters that a terminal or a font would take for commands."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _colour(image: PredictedImage, i: int) -> str:
+    return COLOURS[int(image.labels[i]) % len(COLOURS)]
 
 
 def _cells(predicted: Predicted, image: PredictedImage, i: int) -> list[str | Text]:

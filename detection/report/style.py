@@ -50,6 +50,7 @@ td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 .tiles dd{margin:0;font-size:1.3rem;font-variant-numeric:tabular-nums}
 .tiles dd small{display:block;font-size:.75rem;color:var(--muted)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem;margin:.6rem 0}
+.gallery.paired{max-width:calc(66.7% - .33rem);min-width:min(100%,680px)}
 figure{margin:0;background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.7rem;min-width:0}
 figure svg{display:block;width:100%;max-width:520px;height:auto;margin:0 auto}
 figcaption{font-size:.85rem;color:var(--muted);margin-top:.4rem;overflow-wrap:anywhere}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from rich import box
@@ -20,7 +21,12 @@ MOST_CLASSES = 40
 
 def print_evaluation(evaluation: Evaluation, title: str) -> None:
     """Prints the evaluation to the terminal, or as plain text where there is none."""
-    Console(highlight=False, soft_wrap=True).print(render(evaluation, title))
+    console().print(render(evaluation, title))
+
+
+def console() -> Console:
+    """The terminal, or plain text where there is none; silent on ranks other than the first, also after the run."""
+    return Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def render(evaluation: Evaluation, title: str) -> Group:
