@@ -12,8 +12,9 @@ import numpy as np
 
 from detection.evaluation.bootstrap import BootstrapConfig, resample_weights, samples
 from detection.evaluation.calibration_error import class_errors, class_mean, d_ece
-from detection.evaluation.calibration_metrics import CalibrationConfig, calibration_metrics
+from detection.evaluation.calibration_metrics import CalibrationConfig, calibration_metrics, further_sums, judge
 from detection.evaluation.matching import COCO_CASES, match, outcome
+from detection.evaluation.operating_points import HALF, best_f1_sums, point_sums
 from tools.bench.evaluation import coco_sized
 from tools.bench.harness import arguments, compare, report
 
@@ -30,6 +31,12 @@ def main() -> None:
     metrics = calibration_metrics(matching, records, config)
     localised = outcome(matching, config.localisation_case())
     two = {name: metrics[name] for name in ("d_ece", "la_ece")}
+    pool, half = judge(matching, config)["all"], outcome(matching, HALF)
+    others = (
+        *further_sums(matching, pool, metrics, config),
+        point_sums(matching, half, matching.detections.scores >= 0.3),
+        best_f1_sums(matching, half),
+    )
     drawing = BootstrapConfig(resamples=options.resamples, average_precision=False)
 
     def plain_loop() -> np.ndarray:
@@ -53,7 +60,9 @@ def main() -> None:
         {
             f"plain loop, {LOOP} resamples": plain_loop,
             f"D-ECE, LaECE_0, LRP, {options.resamples} resamples": lambda: samples(matching, two, localised, drawing),
-            f"all but AP, {options.resamples} resamples": lambda: samples(matching, metrics, localised, drawing),
+            f"all but AP, {options.resamples} resamples": lambda: samples(
+                matching, metrics, localised, drawing, others
+            ),
             "all calibration metrics once": lambda: [
                 m.rows.value() for m in calibration_metrics(matching, records, config).values()
             ],
