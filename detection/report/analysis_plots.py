@@ -20,7 +20,7 @@ DPI = 150
 
 def draw_loss_share(positive: Mapping[float, ShareCurve], negative: Mapping[float, ShareCurve], path: Path) -> None:
     """Writes the cumulative share of the normalised loss over positives and over negatives, a line for each gamma."""
-    figure, axes = _panels(2)
+    figure, axes = _panels(2, 5.2)
     for axis, curves, name in zip(axes, (positive, negative), ("positives", "negatives"), strict=True):
         for index, (gamma, curve) in enumerate(curves.items()):
             axis.plot(curve.fraction, curve.share, label=f"gamma = {gamma:g}", **_line(index))
@@ -40,14 +40,14 @@ def draw_minimisers(
 
     `panels`: title -> name of a loss -> preferred score for each frequency. On the diagonal a loss is proper.
     """
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), 6.8)
     for axis, (title, losses) in zip(axes, panels.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="#8c959f", linewidth=1, zorder=1)
         axis.plot(frequencies, own[1], color="black", linewidth=3.5, alpha=0.35, label=own[0], zorder=2)
         for index, (name, scores) in enumerate(join_equal(losses).items()):
-            axis.plot(frequencies, scores, label=textwrap.fill(name, 36), **_line(index))
+            axis.plot(frequencies, scores, label=textwrap.fill(name, 24), **_line(index))
         _label(axis, title, "true frequency of the outcome", "preferred score")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)
 
 
@@ -64,8 +64,9 @@ def join_equal(losses: Mapping[str, Sequence[float]]) -> dict[str, Sequence[floa
     return {", ".join(names): scores for names, scores in groups}
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 * count, 4.8), layout="constrained")
+def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
+    """Square axes side by side, each with `width` inches for itself and what stands beside it."""
+    figure = Figure(figsize=(width * count, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 

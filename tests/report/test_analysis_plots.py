@@ -10,7 +10,7 @@ from detection.report.analysis_plots import draw_loss_share, draw_minimisers, jo
 
 
 def test_pictures_are_png_files_of_their_panels(tmp_path: Path) -> None:
-    """Two panels of 5.2 x 4.8 inches at 150 points an inch; the same bytes each time."""
+    """Panels of 5.2 and 6.8 x 4.8 inches at 150 points an inch; the same bytes each time."""
     losses = np.random.default_rng(0).exponential(size=200)
     curves = {gamma: share_curve(losses ** (1 + gamma)) for gamma in (0.0, 2.0)}
     for name in ("a.png", "b.png"):
@@ -23,7 +23,7 @@ def test_pictures_are_png_files_of_their_panels(tmp_path: Path) -> None:
     draw_minimisers([0.2, 0.8], panels, ("this run", [0.25, 0.7]), tmp_path / "m.png")
     picture = cv2.imread(str(tmp_path / "m.png"))
     assert picture is not None
-    assert picture.shape == (720, 2340, 3)
+    assert picture.shape == (720, 3060, 3)
 
 
 def test_an_empty_side_is_drawn_without_a_line(tmp_path: Path) -> None:
