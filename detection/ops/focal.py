@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from detection.ops.focal_compiled import focal_compiled, has_compiler
 from detection.ops.focal_cpu import focal_cpu
 from detection.ops.focal_elements import FocalShape, GammaTable, focal_elements
 
-Implementation = Literal["auto", "reference", "cpu", "triton"]
+Implementation = Literal["auto", "reference", "cpu", "compiled", "triton"]
 
 _SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? table, Tensor? edges, Tensor? group, Tensor? scale, "
-    "float alpha, float gamma, float smoothing, bool with_gradient) -> (Tensor, Tensor, Tensor)"
+    "float alpha, float gamma, float smoothing, bool with_gradient, bool compiled) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -37,6 +38,7 @@ class FocalSum(NamedTuple):
 def choose(implementation: Implementation, device: torch.device) -> Implementation:
     """The implementation that a build for `device` uses: the fused one for "auto", else the one named.
 
+    "compiled" is a CPU's fused one made by torch.compile: faster, after some seconds of compiling, with a C++ compiler.
     Errors: ValueError where the implementation cannot run on the device.
     """
     fused: Implementation = "reference"
@@ -44,6 +46,10 @@ def choose(implementation: Implementation, device: torch.device) -> Implementati
         fused = "triton" if device.type == "cuda" else "cpu"
     if implementation == "auto":
         return fused
+    if implementation == "compiled" and device.type == "cpu":
+        if not has_compiler():
+            raise ValueError("implementation 'compiled' needs a C++ compiler (g++ or clang++): use 'auto'")
+        return implementation
     if implementation not in ("reference", fused):
         raise ValueError(f"implementation {implementation!r} cannot run on {device.type!r}: use 'auto' or 'reference'")
     return implementation
@@ -71,10 +77,11 @@ def focal_sum(
     gamma, edges, scalar = _flatten(shape)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     arguments = (labels, gamma, edges, group, scale, shape.alpha, scalar, shape.smoothing)
+    compiled = implementation == "compiled"
     if in_place and with_gradient:
         loss, counts = _InPlace.apply(logits, *arguments)
     else:
-        loss, _, counts = _fused(logits, *arguments, with_gradient)
+        loss, _, counts = _fused(logits, *arguments, with_gradient, compiled)
     return FocalSum(loss, counts[0], counts[1])
 
 
@@ -105,6 +112,7 @@ def _compute(
     alpha: float,
     gamma: float,
     smoothing: float,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(loss, counts); fills `gradient`. Dispatches on the logits' device."""
     shape = FocalShape(alpha, gamma if table is None or edges is None else GammaTable(table, edges), smoothing)
@@ -112,7 +120,8 @@ def _compute(
         from detection.ops.focal_triton import focal_triton  # heavy, and absent where there is no CUDA
 
         return focal_triton(logits, labels, shape, group, scale, gradient)
-    found = focal_cpu(logits, labels, shape, group, 1.0 if scale is None else scale.item(), gradient)
+    compute = focal_compiled if compiled else focal_cpu
+    found = compute(logits, labels, shape, group, 1.0 if scale is None else scale.item(), gradient)
     return torch.tensor(found.loss), torch.tensor([found.positive, found.nonfinite])
 
 
@@ -128,9 +137,10 @@ def _fused(
     gamma: float,
     smoothing: float,
     with_gradient: bool,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = torch.empty_like(logits) if with_gradient else None
-    loss, counts = _compute(logits, gradient, labels, table, edges, group, scale, alpha, gamma, smoothing)
+    loss, counts = _compute(logits, gradient, labels, table, edges, group, scale, alpha, gamma, smoothing, compiled)
     return loss, logits.new_empty(0) if gradient is None else gradient, counts
 
 
@@ -146,6 +156,7 @@ def _(
     gamma: float,
     smoothing: float,
     with_gradient: bool,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
     return logits.new_empty((), dtype=torch.float32), gradient, logits.new_empty(2, dtype=torch.int64)
@@ -158,7 +169,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _scale_gradient(ctx: Any, loss_gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 9
+    none = (None,) * 10
     if loss_gradient is None:
         return (None, *none)
     (gradient,) = ctx.saved_tensors

@@ -76,7 +76,7 @@ def focal_cpu(
 
     Writes d loss / d logits into `gradient`, which may be `logits` itself.
     """
-    plan = _plan(shape, scale)
+    plan = plan_of(shape, scale)
     scratch = _Scratch(logits, gradient)
     if logits.is_contiguous() and (gradient is None or gradient.is_contiguous()):
         flat = [None if t is None else t.flatten(0, 1) for t in (logits, labels, group, gradient)]
@@ -88,6 +88,11 @@ def focal_cpu(
         ]
     found = [_slab(slab, plan, scratch) for slab in slabs]
     return Found(sum(f.loss for f in found), sum(f.nonfinite for f in found), sum(f.positive for f in found))
+
+
+def is_small(logits: Tensor) -> bool:
+    """Whether a level is too small for anything but the exact formula to pay."""
+    return logits.numel() <= _SMALL
 
 
 class _Arrays(NamedTuple):
@@ -131,7 +136,7 @@ class _Scratch:
 def _slab(level: Level, plan: Plan, scratch: _Scratch) -> Found:
     """`focal_cpu` of (rows, K) logits."""
     z, labels = level.z, level.labels
-    if not plan.formulas or z.numel() <= _SMALL:
+    if not plan.formulas or is_small(z):
         positive = (labels >= 0) & (labels < z.shape[1])
         return Found(*_exact_level(level, plan), int(positive.sum()))
     special = (labels < z.shape[1]).nonzero()[:, 0]
@@ -151,7 +156,7 @@ def _slab(level: Level, plan: Plan, scratch: _Scratch) -> Found:
                 loss, nonfinite = _exact_elements(level, above, plan)
                 total, bad, above = total + loss, bad + nonfinite, []
         start += block.shape[0]
-    for loss, nonfinite in (_exact_rows(level, positive, kept, plan), _exact_elements(level, above, plan)):
+    for loss, nonfinite in (exact_rows(level, positive, kept, plan), _exact_elements(level, above, plan)):
         total, bad = total + loss, bad + nonfinite
     return Found(total, bad, len(positive))
 
@@ -248,12 +253,12 @@ def _exact_level(level: Level, plan: Plan) -> tuple[float, int]:
     step = max(1, _EXACT_BLOCK // max(level.z.shape[1], 1))
     for start in range(0, len(level.z), step):
         rows = torch.arange(start, min(start + step, len(level.z)))
-        loss, nonfinite = _exact_rows(level, rows, level.z[start : start + step], plan)
+        loss, nonfinite = exact_rows(level, rows, level.z[start : start + step], plan)
         total, bad = total + loss, bad + nonfinite
     return total, bad
 
 
-def _exact_rows(level: Level, rows: Tensor, z: Tensor, plan: Plan) -> tuple[float, int]:
+def exact_rows(level: Level, rows: Tensor, z: Tensor, plan: Plan) -> tuple[float, int]:
     """Loss and non-finite elements of rows in closed form; their gradient goes to `level.out`."""
     total, bad = 0.0, 0
     step = max(1, _EXACT_BLOCK // max(z.shape[1], 1))
@@ -293,7 +298,8 @@ def _add_up(value: Tensor, plan: Plan) -> tuple[float, int]:
     return total * plan.scale, 0 if math.isfinite(total) else int((~value.isfinite()).sum())
 
 
-def _plan(shape: FocalShape, scale: float) -> Plan:
+def plan_of(shape: FocalShape, scale: float) -> Plan:
+    """What all blocks of a call share."""
     gamma, limit = shape.gamma, 1.0
     if isinstance(gamma, GammaTable):
         edge = gamma.edge_logit[0].item() if len(gamma.edge_logit) else math.inf

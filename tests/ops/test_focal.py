@@ -343,3 +343,31 @@ if "cpu" in BACKENDS:
             loss, gradient, _ = fused("cpu", logits, labels, FocalShape(0.25, 2.0))
             wanted_loss, wanted = exact(logits, labels, FocalShape(0.25, 2.0))
             compare(gradient, wanted, loss, wanted_loss, torch.float32)
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+    @pytest.mark.parametrize("p", [0.0309, 0.105, 0.2, 0.31, 0.49, 0.9, 0.97, 0.99])
+    def test_every_formula_is_right_to_the_top_of_its_reach(gamma: float, p: float) -> None:
+        # All elements there: errors of one sign would add up.
+        logits = torch.logit(torch.tensor(p)) - torch.linspace(0, 0.01, 33_000).view(1, -1, 3)
+        labels = torch.full((1, 11_000), 3, dtype=torch.int32)
+        loss, gradient, _ = fused("cpu", logits, labels, FocalShape(0.25, gamma))
+        wanted_loss, wanted = exact(logits, labels, FocalShape(0.25, gamma))
+        compare(gradient, wanted, loss, wanted_loss, torch.float32, max(1.0, (1 + gamma) / 3))
+
+    @pytest.mark.parametrize("dense", [True, False])
+    def test_single_elements_above_a_blocks_reach_are_exact(dense: bool) -> None:
+        logits, labels = level(2, 40_000, 3, -4.6, 0.1)
+        labels[:, ::100] = 3
+        logits[:, ::100, 1] = torch.linspace(-2, 60, 400)  # some above every formula's limit, in all of several blocks
+        logits[1, 300, 2], logits[1, 301, 0], labels[1, 301] = torch.nan, torch.nan, -1
+        if not dense:
+            logits = logits.transpose(1, 2).contiguous().transpose(1, 2)
+        loss, gradient, counts = fused("cpu", logits, labels, FocalShape(0.25, 2.0))
+        assert np.isnan(loss)
+        assert counts[1] == 1
+        assert gradient.isnan().nonzero().tolist() == [[1, 300, 2]]
+        logits[1, 300, 2], gradient[1, 300, 2] = -4.6, 0.0
+        wanted_loss, wanted = exact(logits, labels, FocalShape(0.25, 2.0))
+        wanted[1, 300, 2] = 0.0
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-6, atol=1e-35)
+        assert fused("cpu", logits, labels, FocalShape(0.25, 2.0))[0] == pytest.approx(wanted_loss, rel=1e-6)

@@ -102,7 +102,7 @@ def test_operator_passes_torchs_own_checks() -> None:
     logits, labels = level()
     table = GammaTable(torch.rand(1, 2, 3) * 4, torch.tensor([-1.0, 0.0]))
     for extra in ((None, None), (table.gamma, table.edge_logit)):
-        arguments = (logits, labels, *extra, None, torch.tensor(0.5), 0.25, 2.0, 0.0, True)
+        arguments = (logits, labels, *extra, None, torch.tensor(0.5), 0.25, 2.0, 0.0, True, False)
         torch.library.opcheck(
             torch.ops.detection.focal.default,
             arguments,

@@ -28,6 +28,7 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.ops import sigmoid_focal_loss
 
 from detection.ops.focal import choose, focal_sum
+from detection.ops.focal_compiled import has_compiler
 from detection.ops.focal_elements import FocalShape, focal_elements
 from tools.bench.harness import arguments, compare, report
 
@@ -109,8 +110,13 @@ def candidates(scene: Scene) -> dict[str, Callable[[], Tensor]]:
     def fused() -> Tensor:
         return focal_sum(scene.logits, scene.labels, SHAPE, scale=scene.scale, implementation=ours).loss
 
+    def one_pass() -> Tensor:
+        return focal_sum(scene.logits, scene.labels, SHAPE, scale=scene.scale, implementation="compiled").loss
+
+    choices = {"ours, compiled": one_pass} if ours == "cpu" and has_compiler() else {}
     return {
         "ours": fused,
+        **choices,
         "definition": lambda: focal_sum(scene.logits, scene.labels, SHAPE, scale=scene.scale).loss,
         "torchvision": lambda: head.compute_loss(scene.targets, {"cls_logits": scene.logits}, scene.matched),
         "torch.compile": lambda: compiled(scene.logits, scene.labels, scene.scale),
