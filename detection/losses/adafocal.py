@@ -44,8 +44,9 @@ class AdaFocalConfig(Section):
     """Weight of an anchor's own class against the others (1 - alpha); negative weighs neither."""
     gamma: float = Field(2.0, gt=0, le=20)
     """Of every range until the first update, and always of scores below score_min."""
-    rate: float = Field(1.0, ge=0)
-    """Lambda: how strongly gamma answers a range's calibration error. Short schedules need 2 to 4."""
+    rate: float = Field(4.0, ge=0)
+    """Lambda: how strongly gamma answers a range's calibration error. 4 suits 10 to 12 epochs; longer schedules need
+    less (1 is published, for hundreds)."""
     pairs: Literal["detection", "anchor"] = "detection"
     """What calibration error is measured on: detections after NMS, matched as evaluation does, or single anchors."""
     target: Literal["hit", "iou"] = "hit"

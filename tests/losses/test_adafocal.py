@@ -18,7 +18,7 @@ ONE = torch.tensor(1.0)
 
 
 def built(**options: Any) -> AdaFocal:
-    return AdaFocalConfig(**options).build(K, "reference")
+    return AdaFocalConfig(**{"rate": 1.0, **options}).build(K, "reference")
 
 
 def scene() -> tuple[Tensor, Tensor]:
