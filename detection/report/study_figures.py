@@ -182,7 +182,10 @@ def _draw_curvature(results: Sequence[CellResult], error: tuple[str, str], path:
             points = [(across[head][s], up[head][s]) for s in across[head]]
             known = [(a, b) for a, b in points if not math.isnan(a) and not math.isnan(b)]
             if known:
-                style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "color": _colour(index)}
+                style: dict[str, Any] = {
+                    "marker": MARKERS[(index // len(COLOURS) + index) % len(MARKERS)],
+                    "color": _colour(index),
+                }
                 axis.scatter(
                     [a for a, _ in known],
                     [b for _, b in known],

@@ -106,19 +106,19 @@ def study_tables(results: Sequence[CellResult], task: str, alpha: float) -> list
     return tables
 
 
-def number_text(value: float) -> str:
-    """Three digits that matter, without a zero before the point."""
+def number_text(value: float, beside: float | None = None) -> str:
+    """A number without a zero before the point, with as many decimals as fit its size, or that of the one `beside`."""
     if math.isnan(value):
         return NONE
-    size = abs(value)
-    text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:.2e}"
-    return text.replace("0.", ".", 1) if size < 1 else text
+    size = abs(value if beside is None else beside)
+    text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 and "." in text else text
 
 
-def summary_text(summary: Summary) -> str:
+def summary_text(summary: Summary, between: str = " ± ") -> str:
     """Mean ± deviation; the mean alone of one seed."""
     mean = number_text(summary.mean)
-    return mean if math.isnan(summary.deviation) else f"{mean} ± {number_text(summary.deviation)}"
+    return mean if math.isnan(summary.deviation) else f"{mean}{between}{number_text(summary.deviation, summary.mean)}"
 
 
 def mark(summary: Summary) -> str:
@@ -130,6 +130,7 @@ def print_study(title: str, tables: Sequence[StudyTable], results: Sequence[Cell
     parts: list[RenderableType] = [Text(title, style="bold")]
     for table in tables:
         shown = new_table("", *(c.label for c in table.columns))
+        shown.columns[0].no_wrap = True
         for head, row in table.rows.items():
             shown.add_row(f"{head}{incomplete(results, head)}", *(_cell(row[c.name]) for c in table.columns))
         parts += [Text(f"\n{table.title}", style="bold"), shown]
@@ -151,4 +152,4 @@ def incomplete(results: Sequence[CellResult], head: str) -> str:
 
 def _cell(summary: Summary) -> Text:
     style = "bold" if summary.is_best else ""
-    return Text(f"{summary_text(summary)}{mark(summary):<2}", style=style, no_wrap=True)
+    return Text(f"{summary_text(summary, '±')}{mark(summary):<2}", style=style, no_wrap=True)

@@ -1,4 +1,4 @@
-"""One cell: trained in its run folder, measured, and recorded in cell.json, which is written last.
+"""One cell: trained in its run folder, recorded in cell.json once training has ended, and measured.
 
 cell.json: {"status": "done" | "failed", "error", "head", "seed", "task", "overrides", "parts"}. A part is one measure
 under a name that holds a digest of its settings, so that studies which measure differently share the training.
@@ -18,9 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from detection.config import ConfigError, difference
 from detection.engine.checkpoint import CheckpointError, write_atomically
-from detection.engine.journal import CONFIG
 from detection.study.classifier_cell import classifier_parts, train_classifier_cell
 from detection.study.detector_cell import detector_parts, train_detector_cell
 from detection.study.measured import Measured, without_nan
@@ -97,7 +95,7 @@ def run_cell(cell: Cell, retry_failed: bool = False, measure_only: bool = False)
             shutil.rmtree(cell.folder)
             record = None
         if record is None:
-            if measure_only:
+            if measure_only and not is_trained(cell.folder):
                 return "interrupted"
             try:
                 if not _train(cell):
@@ -113,20 +111,8 @@ def run_cell(cell: Cell, retry_failed: bool = False, measure_only: bool = False)
         return "done"
 
 
-def check_same_settings(cell: Cell) -> None:
-    """Errors: ConfigError where the folder was trained with other values of options that both know."""
-    path = cell.folder / CONFIG
-    if not path.is_file():
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    lines = [line for line in difference(old, cell.resolved) if "'(absent)'" not in line]
-    if lines:
-        raise ConfigError(f"{cell.folder}: was trained with other settings:\n  " + "\n  ".join(lines))
-
-
 def _train(cell: Cell) -> bool:
     """Whether training came to its end."""
-    check_same_settings(cell)
     if is_trained(cell.folder):
         return True
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -136,8 +122,9 @@ def _train(cell: Cell) -> bool:
 
 
 def _measure(cell: Cell, record: CellRecord, retry_failed: bool) -> None:
-    """Makes what is missing, then writes the record."""
+    """Makes what is missing; what is made stays, wherever a later measure is stopped."""
     parts = dict(record.parts)
+    _write(cell, record)
     for key, make in parts_of(cell).values():
         if _is_made(record, key, retry_failed):
             continue
@@ -148,7 +135,7 @@ def _measure(cell: Cell, record: CellRecord, retry_failed: bool) -> None:
         except Exception as error:
             traceback.print_exc()
             parts[key] = {"error": _sentence(error)}
-    _write(cell, record.model_copy(update={"parts": parts}))
+        _write(cell, record.model_copy(update={"parts": parts}))
 
 
 def _is_made(record: CellRecord, key: str, retry_failed: bool) -> bool:

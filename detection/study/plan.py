@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from detection.classification_task import ClassificationExperiment
-from detection.config import ConfigError, Section, load, parse
+from detection.config import ConfigError, Section, difference, load, parse
 from detection.engine.journal import CONFIG, read_journal
 from detection.experiment import Experiment
 
@@ -149,6 +149,15 @@ def is_trained(folder: Path) -> bool:
     return any(e.get("event") == "end" and not str(e.get("reason", "")).startswith("interrupted") for e in last)
 
 
+def other_settings(folder: Path, resolved: dict[str, Any]) -> list[str]:
+    """The options in which a run folder differs from a configuration, but for those that only one of them knows."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return []
+    lines = difference(json.loads(path.read_text(encoding="utf-8")), resolved)
+    return [line for line in lines if "'(absent)'" not in line]
+
+
 def _identity_of_run(folder: Path, schema: type[Section]) -> str | None:
     """None where there is no run that came to its end, or one of another task."""
     if not is_trained(folder):
@@ -164,6 +173,14 @@ def _cell(
 ) -> Cell:
     config = load(schema_of(study.task), base, overrides)
     digest = identity(config)
+    resolved = config.model_dump(mode="json")
+    folder = cells / f"{head}-s{seed}-{digest}"
+    if digest in known and not other_settings(known[digest], resolved):
+        folder = known[digest]
+    differing = other_settings(folder, resolved)
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ConfigError(f"{folder}: made with other defaults; move it, or choose other cells:\n  {lines}")
     return Cell(
         head=head,
         seed=seed,
@@ -171,9 +188,9 @@ def _cell(
         config=base,
         overrides=overrides,
         measures=study.measures,
-        resolved=config.model_dump(mode="json"),
+        resolved=resolved,
         identity=digest,
-        folder=known.get(digest, cells / f"{head}-s{seed}-{digest}"),
+        folder=folder,
     )
 
 
