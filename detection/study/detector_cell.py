@@ -24,7 +24,7 @@ def detector_parts(cell: Cell) -> Parts:
         "raw": ([], lambda: _raw(cell)),
         "calibrated": (list(wanted.calibration), lambda: _calibrated(folder, wanted.calibration)),
     }
-    if wanted.ood is not None:
+    if wanted.ood:
         outside = wanted.ood
         parts["ood"] = (outside, lambda: _ood(folder, outside))
     if wanted.curvature_images:

@@ -42,9 +42,9 @@ class MeasuresConfig(Section):
     )
     """Overrides for the calibrator behind the "after" numbers of a detection study; by default isotonic, after NMS,
     for the chance of being a true positive. A classifier's temperature is set by its base config."""
-    ood: str | None = "ood"
+    ood: str = "ood"
     """Unfamiliar images of a detection study: a split of the data set, a configuration (.toml), or a folder of images.
-    None: not measured. A classifier's are set by its base config."""
+    Empty: not measured. A classifier's are set by its base config."""
     curvature_images: int = Field(0, ge=0)
     """Training images behind the Hessian's largest eigenvalue and its trace; 0: not measured."""
     alpha: float = Field(0.05, gt=0, lt=1)
