@@ -129,7 +129,7 @@ def _draw_reliability(results: Sequence[CellResult], path: Path, title: str) -> 
     return True
 
 
-def pooled_bins(bins: Sequence[Mapping[str, Sequence[float | None]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pooled_bins(bins: Sequence[Mapping[str, Sequence[int | float | None]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean score, share that is true and count of the bins that are not empty, over seeds."""
     if not bins:
         return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -213,7 +213,7 @@ def _has(result: CellResult, head: str, part: str, name: str) -> bool:
     return result.head == head and name in result.parts.get(part, {})
 
 
-def _zeros(values: Sequence[float | None]) -> list[float]:
+def _zeros(values: Sequence[int | float | None]) -> list[float]:
     return [0.0 if v is None else float(v) for v in values]
 
 
@@ -253,7 +253,7 @@ def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
 
 def _spans_decades(axis: Axes) -> bool:
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines] or [np.zeros(0)])
-    return len(values) > 0 and values.min() > 0 and values.max() > 30 * values.min()
+    return bool(len(values) > 0 and values.min() > 0 and values.max() > 30 * values.min())
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:

@@ -52,7 +52,7 @@ def write_page(
         lines += [f"## {table.title}", "", *_markdown(table, results), ""]
     lines += ["## How to read this", "", *(f"- {_plain(note)}" for note in notes), ""]
     lines += [line for file, caption in pictures.items() for line in (f"![{caption}]({file})", "")]
-    failures = [f"- {r.head}, seed {r.seed}: {_plain(' '.join(r.error.split()))}" for r in results if r.error]
+    failures = [f"- {_plain(r.head)}, seed {r.seed}: {_plain(' '.join(r.error.split()))}" for r in results if r.error]
     if failures:
         lines += ["## What failed", "", *failures, ""]
     lines += ["## Settings", "", *_settings(results)]

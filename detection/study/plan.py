@@ -211,8 +211,8 @@ def _changed(value: Any) -> Any:
 
 
 def _check_distinct(cells: Sequence[Cell], path: Path) -> None:
-    seen: dict[Path, Cell] = {}
+    seen: dict[str, Cell] = {}
     for cell in cells:
-        first = seen.setdefault(cell.folder, cell)
+        first = seen.setdefault(cell.identity, cell)
         if first is not cell:
             raise ConfigError(f"{path}: heads {first.head!r} and {cell.head!r} have the same settings")

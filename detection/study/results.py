@@ -73,12 +73,12 @@ def _curves(journal: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
             windows.setdefault(math.ceil(event["epoch"] - 1e-9), []).append(event)
         elif event.get("event") == "evaluation":
             for name, value in event["metrics"].items():
-                _add(curves, f"select.{name}", event["epoch"], value)
+                _add(curves, f"select.{name}", float(event["epoch"]), value)
     for epoch, events in sorted(windows.items()):
         for name in ("total", "classification", "box"):
             values = [e[name] for e in events if isinstance(e.get(name), int | float)]
             if values:
-                _add(curves, f"train.{name}", epoch, statistics.fmean(values))
+                _add(curves, f"train.{name}", float(epoch), statistics.fmean(values))
     return curves
 
 

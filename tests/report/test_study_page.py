@@ -70,11 +70,11 @@ def test_sheets(cells: list[CellResult], tmp_path: Path) -> None:
     tables = study_tables(cells, "detection", 0.05)
     write_results(tmp_path, cells)
     write_table(tmp_path, tables, cells)
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [(r["head"], r["seed"], r["status"]) for r in rows][-1] == ("b|ce", "2", "failed")
     assert float(rows[1]["raw.ap"]) == 0.42
     assert rows[-1]["raw.ap"] == ""
-    heads = list(csv.DictReader((tmp_path / "table.csv").open()))
+    heads = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert heads[0]["raw.ap.mark"] == "best"
     assert float(heads[0]["raw.ap.deviation"]) == pytest.approx(0.02)
     assert (heads[1]["done"], heads[1]["raw.ap.seeds"]) == ("2", "2")
