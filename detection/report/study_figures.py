@@ -129,7 +129,9 @@ def _draw_reliability(results: Sequence[CellResult], path: Path, title: str) -> 
     return True
 
 
-def pooled_bins(bins: Sequence[Mapping[str, Sequence[int | float | None]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pooled_bins(
+    bins: Sequence[Mapping[str, Sequence[int | float | None]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean score, share that is true and count of the bins that are not empty, over seeds."""
     if not bins:
         return np.zeros(0), np.zeros(0), np.zeros(0)
