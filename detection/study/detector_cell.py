@@ -20,10 +20,9 @@ def train_detector_cell(cell: Cell, resume: bool) -> bool:
 def detector_parts(cell: Cell) -> Parts:
     """The measures of a trained detector that the study asks for."""
     wanted, folder = cell.measures, cell.folder
-    parts: Parts = {
-        "raw": ([], lambda: _raw(cell)),
-        "calibrated": (list(wanted.calibration), lambda: _calibrated(folder, wanted.calibration)),
-    }
+    parts: Parts = {"raw": ([], lambda: _raw(cell))}
+    if wanted.calibration:
+        parts["calibrated"] = (list(wanted.calibration), lambda: _calibrated(folder, wanted.calibration))
     if wanted.ood:
         outside = wanted.ood
         parts["ood"] = (outside, lambda: _ood(folder, outside))

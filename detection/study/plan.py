@@ -41,7 +41,8 @@ class MeasuresConfig(Section):
         "calibration.iou_threshold=0.5",
     )
     """Overrides for the calibrator behind the "after" numbers of a detection study; by default isotonic, after NMS,
-    for the chance of being a true positive. A classifier's temperature is set by its base config."""
+    for the chance of being a true positive. Empty: not measured. A classifier's temperature is set by
+    its base config."""
     ood: str = "ood"
     """Unfamiliar images of a detection study: a split of the data set, a configuration (.toml), or a folder of images.
     Empty: not measured. A classifier's are set by its base config."""

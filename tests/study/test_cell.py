@@ -12,6 +12,7 @@ import pytest
 from detection.engine.step import NonFiniteError
 from detection.study import cell as module
 from detection.study.cell import is_complete, part_key, read_cell, run_cell
+from detection.study.detector_cell import detector_parts
 from detection.study.plan import Cell, read_study
 from detection.study.results import cell_result
 from detection.types import DataError
@@ -152,3 +153,14 @@ def test_curves_and_speed_come_from_the_journal(cell: Cell) -> None:
     assert result.status == "missing"
     assert result.curves == {"select.ap": ([2.0], [0.5]), "train.total": ([1.0, 2.0], [3.0, 1.0])}
     assert result.values == {"training.seconds_a_step": 1.0}
+
+
+def test_a_detector_is_measured_as_the_study_asks(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("")
+    asked = {
+        "": ["raw", "calibrated", "ood"],
+        'ood = ""\ncalibration = []\ncurvature_images = 2\n': ["raw", "curvature"],
+    }
+    for text, names in asked.items():
+        (tmp_path / "study.toml").write_text(f'base = "base.toml"\n[heads.focal]\n[measures]\n{text}')
+        assert list(detector_parts(read_study(tmp_path / "study.toml", [], tmp_path)[1][0])) == names
