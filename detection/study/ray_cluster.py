@@ -18,7 +18,7 @@ LOCAL = "local"
 class Resources:
     """What a cell asks of the cluster."""
 
-    cpus: float = 1
+    cpus: float = 1.0
     """Also its CPU threads."""
     gpus: float = 0.0
     """A part of one lets cells share it."""

@@ -43,12 +43,12 @@ def test_a_lost_node_costs_no_finished_work(tmp_path: Path, monkeypatch: pytest.
     thread.start()
     seen: list[Progress] = []
     try:
-        assert run_on_ray(cells, Work(), cluster.address, Resources(cpus=1), seen.append)
+        assert run_on_ray(cells, Work(), cluster.address, Resources(cpus=1.0), seen.append)
         thread.join()
         assert {(p.cell.head, p.outcome) for p in seen} == {("focal", "done"), ("bce", "done")}
         assert "resumed at step" in (tmp_path / "cells" / f"{first.name}.log").read_text()
         record = (first.folder / "cell.json").read_bytes()
-        assert run_on_ray(cells, Work(), cluster.address, Resources(cpus=1), seen.append)
+        assert run_on_ray(cells, Work(), cluster.address, Resources(cpus=1.0), seen.append)
         assert len(seen) == 2
         assert (first.folder / "cell.json").read_bytes() == record
         assert (second.folder / "cell.json").exists()
