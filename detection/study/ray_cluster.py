@@ -39,9 +39,9 @@ def run_on_ray(
         todo = pending(cells, work)
         clock = Clock(len(cells), len(cells) - len(todo), _places(ray, wanted))
         options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "max_retries": wanted.retries}
-        task = ray.remote(run_in_folder).options(**options)
+        task = ray.remote(run_in_folder)
         orders = (os.getcwd(), work.retry_failed, work.measure_only, work.threads or max(1, round(wanted.cpus)))
-        running = {task.options(name=cell.name).remote(absolute(cell), *orders): cell for cell in todo}
+        running = {task.options(name=cell.name, **options).remote(absolute(cell), *orders): cell for cell in todo}
         with Stop() as stop:
             cancelled = False
             while running:
