@@ -6,6 +6,7 @@ Everything undefined, such as an error of no detections, is NaN; an empty bin we
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,18 @@ class ReliabilityBins:
         gap: Float[ndarray, "B"] = np.abs(self.mean_score - self.mean_target)
         return gap
 
+    def as_json(self, share: str) -> dict[str, list[float | int | None]]:
+        """The columns as plain JSON values, NaN as null; `share` names the mean target."""
+        columns = {
+            "edges": self.edges,
+            "count": self.count,
+            "mean_score": self.mean_score,
+            share: self.mean_target,
+            "low": self.low,
+            "high": self.high,
+        }
+        return {name: [nullable(v) for v in column.tolist()] for name, column in columns.items()}
+
     def expected_error(self) -> float:
         """The gap averaged over detections."""
         total = self.count.sum()
@@ -51,6 +64,11 @@ class ReliabilityBins:
     def maximum_error(self) -> float:
         """The largest gap."""
         return float(np.nanmax(self.gap)) if self.count.any() else float("nan")
+
+
+def nullable(value: float | int) -> float | int | None:
+    """The number, None for NaN: JSON has none."""
+    return None if math.isnan(value) else value
 
 
 def d_ece(

@@ -5,7 +5,6 @@ Scores are the softmax over K classes; an image's confidence is its highest scor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from pydantic import Field
 from scipy.special import entr, log_softmax
 
 from detection.config import Section
-from detection.evaluation.calibration_error import ReliabilityBins, bin_index, ece_equal_mass, reliability
+from detection.evaluation.calibration_error import ReliabilityBins, bin_index, ece_equal_mass, nullable, reliability
 from detection.evaluation.ood import ood_metrics
 
 
@@ -47,21 +46,12 @@ class ClassificationEvaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values, NaN as null."""
-        bins = self.reliability
-        columns = {
-            "edges": bins.edges,
-            "count": bins.count,
-            "mean_score": bins.mean_score,
-            "accuracy": bins.mean_target,
-            "low": bins.low,
-            "high": bins.high,
-        }
         return {
-            "metrics": {name: _nullable(value) for name, value in self.metrics.items()},
+            "metrics": {name: nullable(value) for name, value in self.metrics.items()},
             "settings": self.settings,
             "classes": list(self.class_names),
-            "per_class": {name: [_nullable(v) for v in column] for name, column in self.per_class.items()},
-            "reliability": {name: [_nullable(v) for v in column.tolist()] for name, column in columns.items()},
+            "per_class": {name: [nullable(v) for v in column] for name, column in self.per_class.items()},
+            "reliability": self.reliability.as_json("accuracy"),
         }
 
 
@@ -215,7 +205,3 @@ def _settings(
 
 def _mean(values: Shaped[ndarray, "n"]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def _nullable(value: float | int) -> float | int | None:
-    return None if math.isnan(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from detection.config import ConfigError, Section
 from detection.evaluation import bootstrap
 from detection.evaluation.average_precision import accumulate, class_ap, coco_metrics, voc_ap
 from detection.evaluation.bootstrap import BootstrapConfig, Difference, Interval
-from detection.evaluation.calibration_error import ReliabilityBins, class_mean
+from detection.evaluation.calibration_error import ReliabilityBins, class_mean, nullable
 from detection.evaluation.calibration_error import reliability as reliability_bins
 from detection.evaluation.calibration_metrics import (
     CalibrationConfig,
@@ -60,22 +59,13 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values, NaN as null."""
-        bins = self.reliability
-        columns = {
-            "edges": bins.edges,
-            "count": bins.count,
-            "mean_score": bins.mean_score,
-            "precision": bins.mean_target,
-            "low": bins.low,
-            "high": bins.high,
-        }
         return {
-            "metrics": {name: _nullable(value) for name, value in self.metrics.items()},
-            "intervals": {name: [_nullable(i.low), _nullable(i.high)] for name, i in self.intervals.items()},
+            "metrics": {name: nullable(value) for name, value in self.metrics.items()},
+            "intervals": {name: [nullable(i.low), nullable(i.high)] for name, i in self.intervals.items()},
             "settings": self.settings,
             "classes": list(self.class_names),
-            "per_class": {name: [_nullable(v) for v in column] for name, column in self.per_class.items()},
-            "reliability": {name: [_nullable(v) for v in column.tolist()] for name, column in columns.items()},
+            "per_class": {name: [nullable(v) for v in column] for name, column in self.per_class.items()},
+            "reliability": self.reliability.as_json("precision"),
         }
 
 
@@ -254,7 +244,3 @@ def _settings(
     }
     coco = "COCO greedy matching, 101 recall points"
     return {name: f"{texts.get(name, coco)}, {end}" for name in metrics}
-
-
-def _nullable(value: float | int) -> float | int | None:
-    return None if math.isnan(value) else value

@@ -44,7 +44,7 @@ def read_results(path: Path, records: Records) -> list[Detections]:
     Errors: DataError naming the file, the index of the entry and the value, where the file is missing, larger than
     1 GiB, not a JSON list, or an entry has an unknown image or category, a malformed box or a score outside 0..1.
     """
-    entries = _load(path)
+    entries = load_json(path)
     if not isinstance(entries, list):
         raise DataError(f"{path}: a COCO results file is a list of detections; this is a {type(entries).__name__}")
     image_position = {image_id: i for i, image_id in enumerate(records.image_ids.tolist())}
@@ -73,7 +73,7 @@ def rewrite_scores(
     The entries keep their order and all their other fields. Errors: DataError as in `read_results`.
     """
     read_results(source, records)
-    entries = _load(source)
+    entries = load_json(source)
     label_of = {category: label for label, category in enumerate(records.category_ids)}
     scores = np.array([entry["score"] for entry in entries], np.float64)
     labels = np.array([label_of[entry["category_id"]] for entry in entries], np.int64)
@@ -111,16 +111,17 @@ def ground_truth(records: Records) -> dict[str, Any]:
     }
 
 
-def _load(path: Path) -> Any:
+def load_json(path: Path, most: int = MAX_RESULT_BYTES) -> Any:
+    """What a JSON file of at most `most` bytes holds. Errors: DataError that names the file."""
     try:
         size = path.stat().st_size
-        if size > MAX_RESULT_BYTES:
-            raise DataError(f"{path}: {size} bytes; at most {MAX_RESULT_BYTES} are read")
+        if size > most:
+            raise DataError(f"{path}: {size} bytes; at most {most} are read")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be a results file") from None
+        raise DataError(f"{path}: nested too deeply") from None
     except ValueError as error:
         if isinstance(error, DataError):
             raise

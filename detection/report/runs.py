@@ -6,7 +6,6 @@ give: notes, and the uncertainties of images without annotations. Neither file i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from detection.evaluation.average_precision import PrecisionRecall, accumulate
 from detection.evaluation.calibration_metrics import judge, used_rows
 from detection.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from detection.evaluation.matching import COCO_CASES, Matching, Outcome, match
-from detection.evaluation.results import read_results
+from detection.evaluation.results import load_json, read_results
 from detection.types import DataError, Detections, Records
 
 MAX_BYTES = 64 << 20
@@ -127,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise DataError(f"{folder}: no run folder, it has no {CONFIG}")
-    content = _load(path)
+    content = load_json(path, MAX_BYTES)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object of options, not {type(content).__name__}")
     return content
@@ -162,24 +161,8 @@ def _read(schema: type[M], path: Path) -> M | None:
     if not path.is_file():
         return None
     try:
-        return schema.model_validate(_load(path))
+        return schema.model_validate(load_json(path, MAX_BYTES))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(key) for key in first["loc"])
         raise DataError(f"{path}: {place}: {first['msg']} ({error.error_count()} in all)") from None
-
-
-def _load(path: Path) -> Any:
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not JSON: {error}") from None
