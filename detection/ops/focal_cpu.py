@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detection.ops.focal_elements import FocalShape, GammaTable, focal_values_and_gradients
-from detection.ops.focal_formulas import Formula, Work, by_logarithm, by_polynomial, formulas
+from detection.ops.focal_formulas import Formula, Work, by_polynomial, by_softplus, formulas, put_softplus
 
 _BLOCK = 262_144  # elements: smaller ones fit a core's own cache, but calling torch for each costs more than that saves
 _SMALLEST_BLOCK = 32_768
@@ -193,25 +193,15 @@ def _block(
     if formula.kind == "polynomial":
         loss = by_polynomial(work, plan.gamma, plan.weight, _constants(plan, chosen))
     else:
-        _log_of_rest(z, work, formula, skipped, places)
-        loss = by_logarithm(work, plan.gamma, plan.weight)
+        rest = arrays.y.view(z.shape)
+        put_softplus(z, rest, target.view(z.shape))
+        rest.index_fill_(0, skipped, 0.0)
+        if places is not None:
+            arrays.y.index_fill_(0, places, 0.0)
+        loss = by_softplus(work, plan.gamma, plan.weight)
     if out is not None and arrays.out is not None:
         out.copy_(target.view(z.shape))
     return loss, above
-
-
-def _log_of_rest(z: Tensor, work: Work, formula: Formula, skipped: Tensor, places: Tensor | None) -> None:
-    """Puts log(1 - p) into the block's y; 0 where p was zeroed, whatever the logits are."""
-    y = work.y
-    if formula.kind == "logarithm":
-        torch.neg(work.p, out=y).log1p_()
-        return
-    logits = y.view(z.shape).copy_(z)
-    torch.ops.aten.softplus.out(y, 1, 20, out=y)
-    torch.neg(y, out=y)
-    logits.index_fill_(0, skipped, 0.0)
-    if places is not None:
-        y.index_fill_(0, places, 0.0)
 
 
 def _preferred(z: Tensor, plan: Plan) -> int:

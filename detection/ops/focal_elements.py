@@ -117,7 +117,7 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     -w Q (1 + G P lp / (1 + P)) for gamma = -G < 0.
     """
     p, q = torch.sigmoid(signed), torch.sigmoid(-signed)
-    log_p = F.logsigmoid(signed)
+    log_p = _log_sigmoid(signed)
     p_log_p = p * log_p.clamp(min=-torch.finfo(signed.dtype).max)
     if isinstance(gamma, Tensor):
         inverse = gamma < 0
@@ -128,6 +128,12 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     else:
         w, slope = (1 + p).pow(-gamma), -q * (1 - gamma * p_log_p / (1 + p))
     return -log_p * w, w * slope
+
+
+def _log_sigmoid(s: Tensor) -> Tensor:
+    """log sigmoid(s) without log1p, which releases of torch compute element by element; see `put_softplus`."""
+    far = torch.sigmoid(-s.abs())
+    return s.clamp(max=0) - 2 * torch.atanh(far / (2 - far))
 
 
 def element_gamma(

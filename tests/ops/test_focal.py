@@ -26,8 +26,10 @@ BACKENDS = ["triton"] if INTERPRETED or ON_CUDA else ["cpu", "cpu, small"]
 GAMMAS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.3, 5.0, -1.3]
 # The gradient against the exact one rounded to its dtype. The interpreter drops the low bits of a bfloat16 instead.
 BF16_NORM = 8e-3 if INTERPRETED else 1e-3
+# The slope has the third power of exp2's error, which numpy brings to 1e-7 with some processors' vector code.
+FP32_ELEMENT = 1.5e-6 if INTERPRETED else 1e-6
 TOLERANCES = {  # dtype: (loss, gradient in norm, gradient per element)
-    torch.float32: (1e-6, 1e-6, 1e-6),
+    torch.float32: (1e-6, 1e-6, FP32_ELEMENT),
     torch.bfloat16: (1e-5, BF16_NORM, 1e-2),
     torch.float16: (1e-5, 1e-3, 1e-2),
 }
