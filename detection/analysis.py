@@ -20,15 +20,7 @@ from detection.data.loader import collate
 from detection.engine.checkpoint import Checkpoint, find_checkpoint, load_weights, write_atomically
 from detection.engine.checkpoint import load as load_checkpoint
 from detection.engine.parallel import choose_device
-from detection.evaluation.curvature import (
-    Product,
-    estimate_trace,
-    extreme_eigenvalues,
-    hessian_product,
-    rademacher_probes,
-    random_direction,
-    weighted_sum,
-)
+from detection.evaluation.curvature import PROBES, Product, curvature_numbers, hessian_product, weighted_sum
 from detection.evaluation.loss_share import focal_share_curves, margins, thin_out
 from detection.experiment import Experiment, check_classes, load_model, read_split
 from detection.losses.criterion import Criterion
@@ -43,9 +35,6 @@ LOSS_SHARE_PNG, MINIMISERS_PNG = "loss_share.png", "minimisers.png"
 
 CURVATURE_IMAGES = 32
 SHARE_IMAGES = 256
-PROBES = 10
-ITERATIONS = 40
-TOLERANCE = 1e-2
 
 PIXELS_A_CHUNK = 16 * 128 * 128
 """Images are differentiated twice in chunks of at most so many pixels; a ResNet-18 needs about 1.5 GB for one."""
@@ -92,10 +81,8 @@ def measure_curvature(
     """The curvature of a run's training loss at its best checkpoint; `place` is a run folder or a checkpoint.
 
     The loss is that of one batch of `images` training images, evenly spread over the split and not augmented, as a
-    function of all parameters that train, in float32, with the model in evaluation mode. eigenvalue: the largest
-    eigenvalue of its Hessian, residual: how far off it is at most; smallest and smallest_residual: likewise;
-    converged: both residuals are below a hundredth of the largest eigenvalue's size; trace and trace_error: an estimate
-    and its standard error. Errors: one of `USER_ERRORS`.
+    function of all parameters that train, in float32, with the model in evaluation mode. See `curvature_numbers`.
+    Errors: one of `USER_ERRORS`.
     """
     return curvature(open_run(place, overrides), images)
 
@@ -148,26 +135,11 @@ def curvature(subject: Subject, images: int, probes: int = PROBES) -> dict[str, 
     """See `measure_curvature`."""
     started = time.perf_counter()
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
-    size, like = sum(p.numel() for p in parameters), parameters[0].detach()
     # Convolutions in TF32 would leave three digits.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         product, used = training_hessian(subject, images, parameters)
-        ends = extreme_eigenvalues(product, random_direction(size, 0, like), ITERATIONS, TOLERANCE)
-        trace = estimate_trace(product, rademacher_probes(size, probes, 1, like), ends.basis, ends.basis_trace)
-    return {
-        "eigenvalue": ends.largest,
-        "residual": ends.residual,
-        "smallest": ends.smallest,
-        "smallest_residual": ends.smallest_residual,
-        "iterations": ends.iterations,
-        "converged": ends.converged,
-        "trace": trace.value,
-        "trace_error": trace.error,
-        "probes": trace.probes,
-        "images": used,
-        "parameters": size,
-        "seconds": time.perf_counter() - started,
-    }
+        found = curvature_numbers(product, sum(p.numel() for p in parameters), parameters[0].detach(), probes)
+    return {**found, "images": used, "seconds": time.perf_counter() - started}
 
 
 def training_hessian(subject: Subject, images: int, parameters: Sequence[Tensor]) -> tuple[Product, int]:

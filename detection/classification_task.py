@@ -44,7 +44,7 @@ from detection.evaluation.classification import (
 )
 from detection.losses.adafocal_rows import AdaFocalRows
 from detection.losses.classifier import ClassifierCriterion, ClassifierLossConfig
-from detection.model.classifier import ClassifierConfig
+from detection.model.classifier import Classifier, ClassifierConfig
 from detection.types import DataError, Predictions, Records
 
 METRICS, LOGITS = "metrics.json", "logits.npz"
@@ -164,10 +164,7 @@ def build_classifier(experiment: ClassificationExperiment, device: torch.device)
     if data.batch_size % world:
         raise ConfigError(f"data.batch_size = {data.batch_size} does not divide among {world} ranks")
     torch.manual_seed(experiment.seed)
-    train = read_crops(experiment, data.train)
-    if experiment.crops.imbalance is not None:
-        rows = long_tailed(train.labels, len(train.class_names), experiment.crops.imbalance, experiment.seed)
-        train = train.select(rows)
+    train = training_crops(experiment)
     holdout, select = select_crops(experiment)
     if select.class_names != train.class_names:
         raise DataError(f"split {data.select}: classes {select.class_names}; those of training are {train.class_names}")
@@ -226,6 +223,14 @@ def read_crops(experiment: ClassificationExperiment, split: str) -> Crops:
     )
 
 
+def training_crops(experiment: ClassificationExperiment) -> Crops:
+    """The crops that the weights are trained on."""
+    crops = read_crops(experiment, experiment.data.train)
+    if experiment.crops.imbalance is None:
+        return crops
+    return crops.select(long_tailed(crops.labels, len(crops.class_names), experiment.crops.imbalance, experiment.seed))
+
+
 def select_crops(experiment: ClassificationExperiment) -> tuple[Crops, Crops]:
     """The crops of the selection split: those kept apart for losses that adapt, and the others."""
     crops = read_crops(experiment, experiment.data.select)
@@ -272,9 +277,7 @@ def report_classifier(
 def _report(path: Path, experiment: ClassificationExperiment, device: torch.device, run: Path) -> ClassifierReport:
     data, checkpoint = experiment.data, load_checkpoint(path)
     assert data.test is not None
-    model = experiment.model.model_copy(update={"pretrained": False}).build(len(checkpoint.class_names))
-    load_evaluation_weights(model, checkpoint, path)
-    model.to(device)
+    model = load_classifier(checkpoint, path, experiment).to(device)
 
     def logits_of(crops: Crops) -> Float[ndarray, "n K"]:
         return crop_logits(model, crops, device, experiment.fit.precision)
@@ -297,6 +300,13 @@ def _report(path: Path, experiment: ClassificationExperiment, device: torch.devi
     arrays = {"logits": logits, "labels": test.labels, "ood_logits": unfamiliar}
     _write_arrays(run / "evaluation" / data.test / LOGITS, arrays)
     return report
+
+
+def load_classifier(checkpoint: Checkpoint, path: Path, experiment: ClassificationExperiment) -> Classifier:
+    """The classifier with the checkpoint's weights for evaluation, on the CPU."""
+    model = experiment.model.model_copy(update={"pretrained": False}).build(len(checkpoint.class_names))
+    load_evaluation_weights(model, checkpoint, path)
+    return model
 
 
 def _measure(

@@ -12,7 +12,7 @@ import torch
 
 import detection.analysis as analysis
 from detection.analysis import Choice, analyse, curvature, element_margins, evenly_spread, measure_curvature, open_run
-from detection.evaluation.curvature import hessian_product, random_direction
+from detection.evaluation.curvature import TOLERANCE, hessian_product, random_direction
 from tools.analyse import main
 
 PIXELS = 64 * 64
@@ -30,7 +30,7 @@ def test_curvature_has_the_numbers_that_a_study_tabulates(measured: dict[str, fl
     assert measured["converged"]
     assert measured["eigenvalue"] > 0 > measured["smallest"]
     longest = max(measured["eigenvalue"], -measured["smallest"])
-    assert 0 <= max(measured["residual"], measured["smallest_residual"]) <= analysis.TOLERANCE * longest
+    assert 0 <= max(measured["residual"], measured["smallest_residual"]) <= TOLERANCE * longest
     assert measured["trace_error"] > 0
     assert all(type(value) in (float, int, bool) for value in measured.values())
 
@@ -38,7 +38,7 @@ def test_curvature_has_the_numbers_that_a_study_tabulates(measured: dict[str, fl
 def test_curvature_is_the_same_again_and_a_function_of_the_images(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "ITERATIONS", 3)
+    monkeypatch.setattr("detection.evaluation.curvature.ITERATIONS", 3)
     subject = open_run(trained)
     first, again, other = (curvature(subject, images, probes=2) for images in (1, 1, 2))
     assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_named(run: Path, tmp_path: Path) -> 
 def test_the_tool_prints_tables(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(analysis, "ITERATIONS", 3)
+    monkeypatch.setattr("detection.evaluation.curvature.ITERATIONS", 3)
     monkeypatch.setattr(sys, "argv", ["analyse.py", str(run), "--images=1", "--probes=2", f"--out={tmp_path / 'out'}"])
     assert main() == 0
     shown = " ".join(capsys.readouterr().out.split())

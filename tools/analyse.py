@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from detection.analysis import FOLDER, PROBES, Choice, analyse
+from detection.analysis import FOLDER, Choice, analyse
 from detection.experiment import USER_ERRORS
 from detection.report.analysis_tables import print_analysis
 
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--loss-share", action="store_true", help="share of the loss held by the hardest elements")
     parser.add_argument("--minimisers", action="store_true", help="score that a loss prefers, by true frequency")
     parser.add_argument("--images", type=int, metavar="N", help="training images (default: 32; 256 for loss shares)")
-    parser.add_argument("--probes", type=int, default=PROBES, metavar="N", help=f"of the trace (default: {PROBES})")
+    parser.add_argument("--probes", type=int, default=Choice().probes, metavar="N", help="of the trace (default: 10)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override an option")
     parser.add_argument("--out", type=Path, help=f"folder for analysis.json and pictures (default: RUN/{FOLDER})")
     o = parser.parse_args()

@@ -16,6 +16,10 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]
 """Hessian times vector: (n,) -> (n,)."""
 
+PROBES = 10
+ITERATIONS = 40
+TOLERANCE = 1e-2
+
 # A remainder this much smaller than the matrix is rounding: the Lanczos basis spans an invariant subspace.
 _BREAKDOWN = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -50,6 +54,29 @@ class Trace:
     error: float
     """Standard error of `value` over the probes."""
     probes: int
+
+
+def curvature_numbers(product: Product, size: int, like: Tensor, probes: int = PROBES) -> dict[str, float | int | bool]:
+    """The ends of a Hessian's spectrum and its trace. Vectors have `size` elements of the dtype and device of `like`.
+
+    eigenvalue: the largest eigenvalue, residual: how far off it is at most; smallest and smallest_residual: likewise;
+    converged: both residuals are below a hundredth of the largest eigenvalue's size; trace and trace_error: an estimate
+    and its standard error.
+    """
+    ends = extreme_eigenvalues(product, random_direction(size, 0, like), ITERATIONS, TOLERANCE)
+    trace = estimate_trace(product, rademacher_probes(size, probes, 1, like), ends.basis, ends.basis_trace)
+    return {
+        "eigenvalue": ends.largest,
+        "residual": ends.residual,
+        "smallest": ends.smallest,
+        "smallest_residual": ends.smallest_residual,
+        "iterations": ends.iterations,
+        "converged": ends.converged,
+        "trace": trace.value,
+        "trace_error": trace.error,
+        "probes": trace.probes,
+        "parameters": size,
+    }
 
 
 def hessian_product(loss: Callable[[], Tensor], parameters: Sequence[Tensor], keep_graph: bool = True) -> Product:

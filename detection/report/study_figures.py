@@ -39,6 +39,7 @@ CURVES = {
         "select.f1": "macro F1, selection split",
         "train.total": "training loss (each head its own)",
         "select.loss": "loss, selection split (each head its own)",
+        "select.train_accuracy": "accuracy, training crops",
     },
 }
 ERROR = {"detection": ("raw.d_ece", "D-ECE, raw scores"), "classification": ("raw.ece_em", "ECE_EM, raw scores")}
@@ -84,6 +85,8 @@ def _draw_curves(results: Sequence[CellResult], names: Mapping[str, str], path: 
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name.startswith("train.") and _spans_decades(axis):
             axis.set_yscale("log")
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
     handles, labels = _legend(axes)
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     _save(figure, path)

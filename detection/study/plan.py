@@ -47,7 +47,7 @@ class MeasuresConfig(Section):
     """Unfamiliar images of a detection study: a split of the data set, a configuration (.toml), or a folder of images.
     Empty: not measured. A classifier's are set by its base config."""
     curvature_images: int = Field(0, ge=0)
-    """Training images behind the Hessian's largest eigenvalue and its trace; 0: not measured."""
+    """Training images (a classifier's crops) behind the Hessian's largest eigenvalue and its trace; 0: not measured."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Level of the paired test over seeds that tells heads from the best one."""
 
