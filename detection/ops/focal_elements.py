@@ -131,7 +131,7 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
 
 
 def _log_sigmoid(s: Tensor) -> Tensor:
-    """log sigmoid(s) without log1p, which releases of torch compute element by element; see `put_softplus`."""
+    """log sigmoid(s) without log1p, for the reason that `put_softplus` gives."""
     far = torch.sigmoid(-s.abs())
     return s.clamp(max=0) - 2 * torch.atanh(far / (2 - far))
 
