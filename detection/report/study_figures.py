@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from detection.report.adafocal_plots import draw_adaptation
-from detection.report.study_numbers import CellResult, by_head, summarise
+from detection.report.study_numbers import CellResult, by_head, rank_correlation, summarise
 
 COLOURS = ("#0a66c2", "#b04a00", "#00735c", "#8a3ea8", "#7a5c00", "#a3195b", "#4f5965", "#0e8a9c")
 DASHES = ("-", "--", ":", "-.")
@@ -42,6 +42,7 @@ CURVES = {
         "select.train_accuracy": "accuracy, training crops",
     },
 }
+CURVATURE = {"curvature.eigenvalue": "largest eigenvalue of the Hessian", "curvature.trace": "trace of the Hessian"}
 ERROR = {"detection": ("raw.d_ece", "D-ECE, raw scores"), "classification": ("raw.ece_em", "ECE_EM, raw scores")}
 
 
@@ -177,11 +178,10 @@ def roc(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _draw_curvature(results: Sequence[CellResult], error: tuple[str, str], path: Path, title: str) -> bool:
     name, label = error
-    axes_of = {"curvature.eigenvalue": "largest eigenvalue of the Hessian", "curvature.trace": "trace of the Hessian"}
     if not any("curvature.eigenvalue" in r.values and not math.isnan(r.values.get(name, math.nan)) for r in results):
         return False
     figure, axes = _panels(1, 2, (12.2, 4.6), title)
-    for axis, (x, text) in zip(axes, axes_of.items(), strict=True):
+    for axis, (x, text) in zip(axes, CURVATURE.items(), strict=True):
         across, up = by_head(results, x), by_head(results, name)
         for index, head in enumerate(_heads(results)):
             points = [(across[head][s], up[head][s]) for s in across[head]]
@@ -201,7 +201,8 @@ def _draw_curvature(results: Sequence[CellResult], error: tuple[str, str], path:
                     zorder=3,
                     **style,
                 )
-        _label(axis, "", text, label)
+        correlation, cells = rank_correlation(results, x, name)
+        _label(axis, f"rank correlation {correlation:+.2f} over {cells} cells", text, label)
         if not any(v <= 0 for seeds in across.values() for v in seeds.values()):
             axis.set_xscale("log")
     handles, labels = _legend(axes)

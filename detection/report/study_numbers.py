@@ -96,6 +96,15 @@ def compare_heads(
     return table
 
 
+def rank_correlation(results: Sequence[CellResult], first: str, second: str) -> tuple[float, int]:
+    """Spearman's correlation of two values over the cells that have both, and how many; NaN of fewer than three."""
+    pairs = [(r.values.get(first, math.nan), r.values.get(second, math.nan)) for r in results]
+    known = np.array([p for p in pairs if not math.isnan(p[0]) and not math.isnan(p[1])])
+    if len(known) < 3 or (known == known[0]).all(axis=0).any():
+        return math.nan, len(known)
+    return float(stats.spearmanr(known[:, 0], known[:, 1]).statistic), len(known)
+
+
 def by_head(results: Sequence[CellResult], name: str) -> dict[str, dict[int, float]]:
     """Head -> seed -> the value of that name, NaN where a cell has none; heads in their order."""
     table: dict[str, dict[int, float]] = {}

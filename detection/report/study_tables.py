@@ -51,9 +51,9 @@ CLASSIFIER_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...
     ("ood_auroc_entropy", "entropy", "max"),
 )
 COST = (
+    Column("training.seconds_a_step", "seconds a step"),
     Column("curvature.eigenvalue", "Hessian's top eigenvalue"),
     Column("curvature.trace", "Hessian's trace"),
-    Column("training.seconds_a_step", "seconds a step"),
 )
 DETECTION = {
     "Accuracy, raw scores": (
@@ -68,16 +68,16 @@ DETECTION = {
     ),
     "Calibration of raw scores": _columns("raw", *DETECTION_CALIBRATION),
     "Calibration of calibrated scores": _columns("calibrated", *DETECTION_CALIBRATION),
-    "Curvature of the training loss, and speed": COST,
+    "Speed, and curvature of the training loss": COST,
 }
 CLASSIFICATION = {
     "Accuracy": (
         *_columns("raw", ("accuracy", "accuracy", "max"), ("precision", "precision", "max")),
         *_columns("raw", ("recall", "recall", "max"), ("f1", "F1", "max")),
-        Column("training.seconds_a_step", "seconds a step"),
     ),
     "Calibration of raw scores": _columns("raw", *CLASSIFIER_CALIBRATION),
     "Calibration after temperature scaling": _columns("calibrated", *CLASSIFIER_CALIBRATION),
+    "Speed, and curvature of the training loss": COST,
 }
 TABLES = {"detection": DETECTION, "classification": CLASSIFICATION}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from detection.report.study_figures import draw_study
-from detection.report.study_numbers import CellResult
+from detection.report.study_figures import CURVATURE, ERROR, draw_study
+from detection.report.study_numbers import CellResult, rank_correlation
 from detection.report.study_page import measure_settings, write_page, write_results, write_table
 from detection.report.study_tables import ALIKE, BEST, StudyTable, print_study, study_tables
 from detection.study.grid import Progress, Work, run_grid
@@ -86,6 +87,13 @@ def _notes(study: Study, results: Sequence[CellResult], tables: Sequence[StudyTa
     notes.append("Calibration numbers are of what a head detects: one that detects little can look calibrated; see AP.")
     if study.task == "detection":
         notes.append(f"Calibrated: {', '.join(study.measures.calibration)}; fitted on the selection split.")
+    name, label = ERROR[study.task]
+    for value, text in CURVATURE.items():
+        correlation, cells = rank_correlation(results, value, name)
+        if not math.isnan(correlation):
+            notes.append(
+                f"Rank correlation (Spearman) of {label}, with the {text}: {correlation:+.2f} ({cells} cells)."
+            )
     failed = [f"{r.head} seed {r.seed}" for r in results if r.error]
     if failed:
         notes.append(f"Failed, at least in part: {', '.join(failed)}.")

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from detection.report.study_numbers import CellResult, by_head, compare_heads, paired_p_value, summarise
+from detection.report.study_numbers import (
+    CellResult,
+    by_head,
+    compare_heads,
+    paired_p_value,
+    rank_correlation,
+    summarise,
+)
 
 NAN = float("nan")
 
@@ -75,3 +82,12 @@ def test_values_by_head_and_seed() -> None:
     assert found["a"] == {2: pytest.approx(0.2), 1: pytest.approx(0.1)}
     assert list(found) == ["a", "b"]
     assert math.isnan(found["b"][1])
+
+
+def test_rank_correlation_is_over_the_cells_that_have_both() -> None:
+    values = [(1.0, 9.0), (2.0, 4.0), (30.0, 1.0), (math.nan, 5.0), (4.0, math.nan)]
+    cells = [CellResult("h", s, "done", Path("x"), values={"a": a, "b": b}) for s, (a, b) in enumerate(values)]
+    assert rank_correlation(cells, "a", "b") == (pytest.approx(-1.0), 3)
+    assert math.isnan(rank_correlation(cells[:2], "a", "b")[0])
+    flat = [CellResult("h", s, "done", Path("x"), values={"a": 1.0, "b": float(s)}) for s in range(4)]
+    assert math.isnan(rank_correlation(flat, "a", "b")[0])

@@ -45,7 +45,7 @@ def test_numbers_are_short() -> None:
 
 def test_terminal_tables_fit_and_say_what_failed(cells: list[CellResult], capsys: pytest.CaptureFixture[str]) -> None:
     tables = study_tables(cells, "detection", 0.05)
-    assert [t.title for t in tables][-1] == "Curvature of the training loss, and speed"
+    assert [t.title for t in tables][-1] == "Speed, and curvature of the training loss"
     print_study("A study", tables, cells, ["a note"])
     text = capsys.readouterr().out
     assert max(len(line) for line in text.splitlines()) <= 120
