@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 _ZERO, _MINUS_ONE = torch.zeros(()), torch.tensor(-1.0)
-_FITTED = (0.031, 0.106, 0.21, 0.32, 0.5)
+_FITTED = (0.031, 0.06, 0.106, 0.15, 0.21, 0.32, 0.5)
 # Nanoseconds an element on one core with AVX-512 (only their ratios matter): what every formula does, and a pass.
 _SHARED_COST, _PASS_COST = 0.6, 0.08
 _SOFTPLUS_COST = 2.2
+_SATURATED = 16.0  # the sigmoid of a logit not far above is 1 in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Formula:
-    """One way to compute a block of background scores, exact up to a score."""
+    """One way to compute a block of background scores, exact up to a logit."""
 
     kind: Literal["polynomial", "softplus"]
     """L is p times a polynomial, or softplus of the logit."""
     limit: float
+    """That logit; infinities and NaN are above it."""
     cost: float
     coefficients: Tensor = _ZERO
     """float64, by ascending power."""
@@ -45,22 +47,19 @@ class Work:
 
 
 def formulas(gamma: float, limit: float) -> tuple[Formula, ...]:
-    """What may compute scores up to `limit` with a constant gamma >= 0, by ascending reach and cost."""
+    """What may compute logits up to `limit` with a constant gamma >= 0, by ascending reach and cost."""
     fitted = []
     for top in _FITTED:
         # Where the power multiplies the score's rounding error by much, leave that more of what may be wrong.
         coefficients = fit_logarithm(top, 2.5e-7 if gamma <= 2 else 1e-7)
         cost = _SHARED_COST + _PASS_COST * (len(coefficients) - 1)
-        fitted.append(Formula("polynomial", min(top, limit), cost, coefficients))
+        fitted.append(Formula("polynomial", min(math.log(top / (1 - top)), limit), cost, coefficients))
     return (*fitted, Formula("softplus", min(_softplus_limit(gamma), limit), _SOFTPLUS_COST))
 
 
 def _softplus_limit(gamma: float) -> float:
-    """The score up to which gamma log(1 - p) times the rounding error of a float32 p stays below 1e-6 of the slope.
-
-    At most the greatest float32 below 1, so that infinities and NaN are above.
-    """
-    return min(1 - math.exp(-14 / max(gamma, 1e-3)), 1 - 2**-24)
+    """The logit up to which gamma log(1 - p) times the rounding error of a float32 p stays below 1e-6 of the slope."""
+    return min(14 / max(gamma, 1e-3), _SATURATED)
 
 
 @lru_cache(maxsize=16)
