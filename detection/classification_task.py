@@ -165,6 +165,8 @@ def build_classifier(experiment: ClassificationExperiment, device: torch.device)
         raise ConfigError(f"data.batch_size = {data.batch_size} does not divide among {world} ranks")
     torch.manual_seed(experiment.seed)
     train = training_crops(experiment)
+    if len(train.class_names) < 2:
+        raise ConfigError(f"split {data.train}: the only class is {train.class_names[0]!r}; a classifier needs two")
     holdout, select = select_crops(experiment)
     if select.class_names != train.class_names:
         raise DataError(f"split {data.select}: classes {select.class_names}; those of training are {train.class_names}")

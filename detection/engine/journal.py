@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from detection.config import ConfigError
 from detection.distributed import broadcast_object, rank
 from detection.engine.checkpoint import LAST, CheckpointError, write_atomically
+from detection.types import DataError
 
 CONFIG, JOURNAL, TENSORBOARD = "config.json", "journal.jsonl", "tensorboard"
 
@@ -76,15 +77,21 @@ def _take(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_journal(run: Path) -> list[dict[str, Any]]:
-    """The run's events in order; a last line that a kill cut short is left out."""
+    """The run's events in order; a last line that a kill cut short is left out.
+
+    Errors: DataError for a line that is no event.
+    """
     path = run / JOURNAL
     events = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(event, dict):
+                raise DataError(f"{path}: {line[:40]!r} is not an event")
+            events.append(event)
     return events
 
 

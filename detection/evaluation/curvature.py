@@ -31,15 +31,15 @@ class Spectrum:
     largest: float
     """The largest eigenvalue with its sign: negative where the loss curves downwards in every direction."""
     smallest: float
-    """The smallest eigenvalue, negative off a minimum."""
+    """The smallest value found: the smallest eigenvalue is this or lower, negative off a minimum."""
     residual: float
     """|H v - largest v| for the unit vector v found: some eigenvalue lies no farther than this from `largest`."""
     smallest_residual: float
-    """Likewise of `smallest`."""
+    """Likewise of `smallest`, which may belong to an eigenvalue inside the spectrum."""
     iterations: int
     """Products that the basis took."""
     converged: bool
-    """Both residuals are within the tolerance."""
+    """Both residuals are within the tolerance. It vouches for `largest`; an end much nearer to 0 may be missed."""
     basis: Float[Tensor, "k n"]
     """Orthonormal rows that nearly contain the eigenvectors of the spectrum's ends."""
     basis_trace: float
@@ -59,9 +59,9 @@ class Trace:
 def curvature_numbers(product: Product, size: int, like: Tensor, probes: int = PROBES) -> dict[str, float | int | bool]:
     """The ends of a Hessian's spectrum and its trace. Vectors have `size` elements of the dtype and device of `like`.
 
-    eigenvalue: the largest eigenvalue, residual: how far off it is at most; smallest and smallest_residual: likewise;
-    converged: both residuals are below a hundredth of the largest eigenvalue's size; trace and trace_error: an estimate
-    and its standard error.
+    eigenvalue: the largest eigenvalue, residual: how far off it is at most; smallest: a value that the smallest one
+    does not exceed, with its residual; converged: both residuals are below a hundredth of the largest size; trace and
+    trace_error: an estimate and its standard error.
     """
     ends = extreme_eigenvalues(product, random_direction(size, 0, like), ITERATIONS, TOLERANCE)
     trace = estimate_trace(product, rademacher_probes(size, probes, 1, like), ends.basis, ends.basis_trace)

@@ -43,7 +43,7 @@ class AdaFocalConfig(Section):
     alpha: float = Field(0.25, ge=-1, le=1)
     """Weight of an anchor's own class against the others (1 - alpha); negative weighs neither."""
     gamma: float = Field(2.0, gt=0, le=20)
-    """Of every range until the first update, and always of scores below score_min."""
+    """Of every range until the first update, and always of negative anchors' scores below score_min."""
     rate: float = Field(4.0, ge=0)
     """Lambda: how strongly gamma answers a range's calibration error. 4 suits 10 to 12 epochs; longer schedules need
     less (1 is published, for hundreds)."""
@@ -64,7 +64,8 @@ class AdaFocalConfig(Section):
     """A range with fewer held-out pairs answers to the error of itself and the nearest ranges on its side that have as
     many together; where a side has fewer in all, its error counts in proportion."""
     hard: Literal["base", "faithful"] = "base"
-    """Gamma of anchors on the wrong side of 0.5: the initial one, or that of their side's range nearest to 0.5."""
+    """Gamma of anchors on the wrong side of 0.5, positives below score_min included: the initial one, or that of their
+    side's range nearest to 0.5."""
     positive: GammaLimits = GammaLimits(low=-1.5, high=10.0, switch=0.2)
     """Limits of positive anchors' gammas."""
     negative: GammaLimits = GammaLimits(low=0.25, high=5.0)

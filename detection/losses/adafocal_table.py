@@ -77,7 +77,7 @@ def updated_gamma(
     """The next epoch's signed gamma: over-confident bins (gap > 0) move towards more focal, others the other way.
 
     A gamma that comes nearer to 0 than `switch` goes on with the other sign; 0 switches that off, and gammas then
-    keep their sign. [low, high] holds after the switch. A gap of 0 leaves a gamma as it is.
+    keep their sign. [low, high] holds after the switch. A gap of 0 leaves gammas as they are, but for those that near.
     """
     moved = gamma * torch.exp(torch.where(gamma > 0, rate * gap, -rate * gap))
     crossed = torch.where(moved > 0, -switch, switch).to(moved.dtype)

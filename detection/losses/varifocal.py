@@ -14,14 +14,14 @@ from detection.config import Section
 from detection.losses.foreground import Activation
 from detection.losses.quality_focal import own_logits
 from detection.ops.focal import Implementation, choose, focal_sum
-from detection.ops.focal_elements import FocalShape
+from detection.ops.focal_elements import FocalShape, outcome_loss
 
 
 class VarifocalConfig(Section):
     """q times the cross entropy of score p against q, the predicted box's IoU, for an anchor's own class;
     alpha p^gamma (-log(1 - p)) for all others.
 
-    A positive whose box misses (q = 0) adds nothing at all. Source: Zhang et al. 2021 (VarifocalNet), eq. 2.
+    A positive whose box misses (q = 0) is background, too. Source: Zhang et al. 2021 (VarifocalNet), eq. 2.
     """
 
     activation: ClassVar[Activation] = "sigmoid"
@@ -43,7 +43,7 @@ class Varifocal(nn.Module):
 
     def __init__(self, alpha: float, gamma: float, implementation: Implementation) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha, self.gamma = alpha, gamma
         self.background = FocalShape(alpha=0.0, gamma=gamma)
         self.implementation = implementation
 
@@ -61,5 +61,7 @@ class Varifocal(nn.Module):
         weight = self.alpha * scale
         others = focal_sum(logits, labels, self.background, scale=weight, implementation=self.implementation).loss
         own, target, positive = own_logits(logits, labels, quality)
-        elements = target * F.binary_cross_entropy_with_logits(own, target, reduction="none")
+        known = target * F.binary_cross_entropy_with_logits(own, target, reduction="none")
+        missed = self.alpha * outcome_loss(-own, self.gamma)
+        elements = torch.where(target > 0, known, missed)
         return others + elements.masked_fill(~positive, 0.0).sum() * scale

@@ -53,7 +53,8 @@ def draw_study(results: Sequence[CellResult], task: str, folder: Path, title: st
     if _draw_curves(results, CURVES[task], folder / "curves.png", title):
         made["curves.png"] = "Mean over seeds epoch by epoch; the band is one deviation"
     if _draw_reliability(results, folder / "reliability.png", title):
-        made["reliability.png"] = "Precision of detections by score, all seeds pooled; on the diagonal scores are true"
+        share = "Precision of detections" if task == "detection" else "Accuracy"
+        made["reliability.png"] = f"{share} by score, all seeds pooled; on the diagonal scores are true"
     if _draw_roc(results, folder / "ood_roc.png", title):
         made["ood_roc.png"] = "Telling unfamiliar images from familiar ones by uncertainty, a line for each seed"
     if _draw_curvature(results, ERROR[task], folder / "calibration_curvature.png", title):
@@ -202,7 +203,8 @@ def _draw_curvature(results: Sequence[CellResult], error: tuple[str, str], path:
                     **style,
                 )
         correlation, cells = rank_correlation(results, x, name)
-        _label(axis, f"rank correlation {correlation:+.2f} over {cells} cells", text, label)
+        heading = "" if math.isnan(correlation) else f"rank correlation {correlation:+.2f} over {cells} cells"
+        _label(axis, heading, text, label)
         if not any(v <= 0 for seeds in across.values() for v in seeds.values()):
             axis.set_xscale("log")
     handles, labels = _legend(axes)

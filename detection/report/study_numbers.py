@@ -47,6 +47,8 @@ class Summary:
     """Of the paired test against the best head; None for itself, or where it cannot be tested."""
     alike: bool = False
     """Not distinguishable from the best one."""
+    untested: bool = False
+    """It lacks a seed that the best one has."""
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -78,7 +80,8 @@ def compare_heads(
 ) -> dict[str, Summary]:
     """Head -> its summary, with the best one and those like it marked where the number has a better `direction`.
 
-    values: head -> seed -> value. The best one is sought among the heads with the most seeds, by its mean.
+    values: head -> seed -> value. The best one is sought among the heads with the most seeds, by its mean; only those
+    that have all of its seeds are tested against it.
     """
     table = {head: summarise([by_seed[s] for s in sorted(by_seed)]) for head, by_seed in values.items()}
     most = max((len(s.values) for s in table.values()), default=0)
@@ -91,8 +94,10 @@ def compare_heads(
         if head == best:
             table[head] = Summary(own.values, own.mean, own.deviation, is_best=True)
             continue
-        p = paired_p_value(values[head], values[best])
-        table[head] = Summary(own.values, own.mean, own.deviation, False, p, p is not None and p >= alpha)
+        missing = any(math.isnan(values[head].get(s, math.nan)) for s, v in values[best].items() if not math.isnan(v))
+        p = None if missing else paired_p_value(values[head], values[best])
+        alike, untested = p is not None and p >= alpha, missing and len(own.values) > 0
+        table[head] = Summary(own.values, own.mean, own.deviation, False, p, alike, untested)
     return table
 
 

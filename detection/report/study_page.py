@@ -88,7 +88,7 @@ def _markdown(table: StudyTable, results: Sequence[CellResult]) -> list[str]:
 
 def _markdown_cell(summary: Summary) -> str:
     text = summary_text(summary)
-    return f"**{text}**" if summary.is_best else f"{text} \\*" if mark(summary) else text
+    return f"**{text}**" if summary.is_best else f"{text} {_plain(mark(summary))}".rstrip()
 
 
 def _settings(results: Sequence[CellResult]) -> list[str]:
@@ -110,7 +110,7 @@ def _plain(text: str) -> str:
 
 def _sheet(summary: Summary) -> list[str]:
     p = math.nan if summary.p_value is None else summary.p_value
-    kind = "best" if summary.is_best else "alike" if summary.alike else ""
+    kind = "best" if summary.is_best else "alike" if summary.alike else "untested" if summary.untested else ""
     return [_exact(summary.mean), _exact(summary.deviation), str(len(summary.values)), _exact(p), kind]
 
 

@@ -15,7 +15,7 @@ from detection.report.tables import new_table
 
 WIDTH = 118
 NONE = "-"
-BEST, ALIKE = "**", "*"
+BEST, ALIKE, UNTESTED = "**", "*", "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,16 @@ def _columns(part: str, *columns: tuple[str, str, Literal["max", "min"] | None])
 
 
 DETECTION_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...] = (
-    ("d_ece", "D-ECE", "min"),
-    ("ece_em", "ECE_EM", "min"),
-    ("d_ece_class", "class D-ECE", "min"),
-    ("la_ece", "LaECE_0", "min"),
-    ("nll", "NLL", "min"),
-    ("brier", "Brier", "min"),
+    ("judged", "detections", None),
+    ("d_ece", "D-ECE", None),
+    ("ece_em", "ECE_EM", None),
+    ("d_ece_class", "class D-ECE", None),
+    ("la_ece", "LaECE_0", None),
+    ("nll", "NLL", None),
+    ("brier", "Brier", None),
+    ("brier_skill", "Brier skill", "max"),
 )
+"""Means over each head's own detections have no best: many easy low-scored ones make them small."""
 CLASSIFIER_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...] = (
     ("nll", "NLL", "min"),
     ("brier", "Brier", "min"),
@@ -122,7 +125,7 @@ def summary_text(summary: Summary, between: str = " ± ") -> str:
 
 
 def mark(summary: Summary) -> str:
-    return BEST if summary.is_best else ALIKE if summary.alike else ""
+    return BEST if summary.is_best else ALIKE if summary.alike else UNTESTED if summary.untested else ""
 
 
 def print_study(title: str, tables: Sequence[StudyTable], results: Sequence[CellResult], notes: Sequence[str]) -> None:

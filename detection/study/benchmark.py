@@ -11,7 +11,7 @@ from pathlib import Path
 from detection.report.study_figures import CURVATURE, ERROR, draw_study
 from detection.report.study_numbers import CellResult, rank_correlation
 from detection.report.study_page import measure_settings, write_page, write_results, write_table
-from detection.report.study_tables import ALIKE, BEST, StudyTable, print_study, study_tables
+from detection.report.study_tables import ALIKE, BEST, UNTESTED, StudyTable, print_study, study_tables
 from detection.study.grid import Progress, Work, run_grid
 from detection.study.plan import Cell, Study, read_study
 from detection.study.ray_cluster import Resources, run_on_ray
@@ -78,15 +78,26 @@ def _notes(study: Study, results: Sequence[CellResult], tables: Sequence[StudyTa
     ]
     if seeds > 1:
         notes += [
-            f"{BEST} (bold) the best mean; {ALIKE} not distinguishable from it: two-sided paired t-test over {seeds} "
-            f"seeds, p >= {alpha}, not corrected for the number of comparisons.",
+            f"{BEST} (bold) the best mean of the heads with all seeds; {ALIKE} not distinguishable from it: two-sided "
+            f"paired t-test over {seeds} seeds, p >= {alpha}, not corrected for the number of comparisons; {UNTESTED} "
+            "not tested, as a seed is missing.",
             f"{seeds} seeds leave it {seeds - 1} degrees of freedom: {ALIKE} means not shown to differ, not equal.",
         ]
     else:
         notes.append(f"{BEST} (bold) the best; one seed, so nothing can be said about chance.")
-    notes.append("Calibration numbers are of what a head detects: one that detects little can look calibrated; see AP.")
-    if study.task == "detection":
-        notes.append(f"Calibrated: {', '.join(study.measures.calibration)}; fitted on the selection split.")
+    if study.task == "classification":
+        notes.append("Calibrated: the temperature that the base configuration sets, fitted on the selection split.")
+    else:
+        notes += [
+            "D-ECE, ECE_EM, LaECE_0, NLL and Brier are means over a head's own detections, whose number differs: many "
+            "easy ones with low scores make them small, so none is marked. Brier skill = 1 - Brier / (that of the best "
+            "constant score for the same detections).",
+        ]
+        if study.measures.curvature_images:
+            notes.append("The Hessian is that of the classification loss, without the box loss.")
+        if study.measures.calibration:
+            notes.append(f"Calibrated: {', '.join(study.measures.calibration)}; fitted on the selection split.")
+    notes.append("Seconds a step: in a cell's fastest log window; cells may have run side by side.")
     name, label = ERROR[study.task]
     for value, text in CURVATURE.items():
         correlation, cells = rank_correlation(results, value, name)

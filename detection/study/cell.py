@@ -92,6 +92,8 @@ def run_cell(cell: Cell, retry_failed: bool = False, measure_only: bool = False)
         if is_complete(cell, record, retry_failed):
             return "kept"
         if record is not None and record.status == "failed":
+            if measure_only:
+                return "kept"
             shutil.rmtree(cell.folder)
             record = None
         if record is None:

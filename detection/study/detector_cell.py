@@ -11,6 +11,9 @@ from detection.screening import evaluate_ood
 from detection.study.measured import Measured, Parts, stored_evaluation
 from detection.study.plan import Cell
 
+CURVATURE_OF = ("criterion.box_weight=0",)
+"""The classification loss alone: the box loss is the same in all heads, and curves downwards by as much."""
+
 
 def train_detector_cell(cell: Cell, resume: bool) -> bool:
     """Whether training came to its end; the raw numbers on the test split are then in the run folder."""
@@ -28,7 +31,10 @@ def detector_parts(cell: Cell) -> Parts:
         parts["ood"] = (outside, lambda: _ood(folder, outside))
     if wanted.curvature_images:
         images = wanted.curvature_images
-        parts["curvature"] = (images, lambda: dict(measure_curvature(folder, images=images)))
+        parts["curvature"] = (
+            [images, *CURVATURE_OF],
+            lambda: dict(measure_curvature(folder, images=images, overrides=CURVATURE_OF)),
+        )
     return parts
 
 

@@ -19,6 +19,7 @@ from types import FrameType
 
 import torch
 
+from detection.config import ConfigError
 from detection.study.cell import is_complete, read_cell, run_cell
 from detection.study.plan import Cell
 
@@ -72,8 +73,10 @@ def pending(cells: Sequence[Cell], work: Work) -> list[Cell]:
 def run_grid(cells: Sequence[Cell], work: Work, report: Callable[[Progress], None]) -> bool:
     """Whether the grid was run to its end: false where a signal stopped it. Finished cells are kept.
 
-    SIGTERM or Ctrl-C stops the trainings, which save where they are.
+    SIGTERM or Ctrl-C stops the trainings, which save where they are. Errors: ConfigError for fewer jobs than one.
     """
+    if work.jobs < 1:
+        raise ConfigError(f"--jobs {work.jobs}: at least 1")
     todo = pending(cells, work)
     clock = Clock(len(cells), len(cells) - len(todo), work.jobs)
     waiting = list(todo)

@@ -16,6 +16,8 @@ from detection.classification_task import ClassificationExperiment
 from detection.config import ConfigError, Section, difference, load, parse
 from detection.engine.journal import CONFIG, read_journal
 from detection.experiment import Experiment
+from detection.report.runs import read_config
+from detection.types import DataError
 
 Task = Literal["detection", "classification"]
 HeadName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}$")]
@@ -47,7 +49,8 @@ class MeasuresConfig(Section):
     """Unfamiliar images of a detection study: a split of the data set, a configuration (.toml), or a folder of images.
     Empty: not measured. A classifier's are set by its base config."""
     curvature_images: int = Field(0, ge=0)
-    """Training images (a classifier's crops) behind the Hessian's largest eigenvalue and its trace; 0: not measured."""
+    """Training images (a classifier's crops) behind the largest eigenvalue and the trace of the classification loss's
+    Hessian; 0: not measured."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Level of the paired test over seeds that tells heads from the best one."""
 
@@ -155,7 +158,7 @@ def other_settings(folder: Path, resolved: dict[str, Any]) -> list[str]:
     path = folder / CONFIG
     if not path.is_file():
         return []
-    lines = difference(json.loads(path.read_text(encoding="utf-8")), resolved)
+    lines = difference(read_config(folder), resolved)
     return [line for line in lines if "'(absent)'" not in line]
 
 
@@ -164,8 +167,8 @@ def _identity_of_run(folder: Path, schema: type[Section]) -> str | None:
     if not is_trained(folder):
         return None
     try:
-        return identity(parse(schema, json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder)))
-    except (OSError, ValueError):
+        return identity(parse(schema, read_config(folder), str(folder)))
+    except (DataError, ConfigError):
         return None
 
 

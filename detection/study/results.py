@@ -51,17 +51,28 @@ def _numbers(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         for name, value in metrics.items():
             if value is None or isinstance(value, int | float):
                 found[f"{part}.{name}"] = math.nan if value is None else float(value)
+        found |= _judged(part, content, found)
     return found
 
 
+def _judged(part: str, content: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
+    """How many detections (crops) an error is the mean over, and the Brier skill: 1 perfect, 0 as the best constant."""
+    if "reliability" not in content:
+        return {}
+    judged = {f"{part}.judged": float(sum(content["reliability"]["count"]))}
+    uncertainty = found.get(f"{part}.brier_uncertainty", math.nan)
+    if uncertainty > 0:
+        judged[f"{part}.brier_skill"] = 1 - found[f"{part}.brier"] / uncertainty
+    return judged
+
+
 def _speed(journal: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a step: the median over log windows but the first, which warms up."""
+    """Seconds of a step in the fastest log window, which what else the machine did has disturbed least."""
     rates = [e["images_per_second"] for e in journal if e.get("event") == "train" and e.get("images_per_second")]
-    rates = rates[1:] or rates
     if not rates:
         return {}
     images = config["data"]["batch_size"] * config["fit"]["accumulate"]
-    return {"training.seconds_a_step": images / statistics.median(rates)}
+    return {"training.seconds_a_step": images / max(rates)}
 
 
 def _curves(journal: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

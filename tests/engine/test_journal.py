@@ -9,6 +9,7 @@ import pytest
 
 from detection.config import ConfigError
 from detection.engine.journal import Journal, check_run_folder, open_run_folder, read_journal
+from detection.types import DataError
 
 
 def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
@@ -59,3 +60,9 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
         "metrics": {"ap": None, "d_ece": 0.5},
         "seconds": None,
     }
+
+
+def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("5\n")
+    with pytest.raises(DataError, match=r"journal\.jsonl: '5' is not an event"):
+        read_journal(tmp_path)

@@ -42,6 +42,13 @@ def test_varifocal_is_its_formula() -> None:
     assert found.item() == pytest.approx(0.5 * elements[labels >= 0].sum().item(), rel=1e-9)
 
 
+def test_varifocal_takes_a_positive_whose_box_misses_for_background() -> None:
+    z = torch.tensor([[[0.7, -1.0]]], dtype=torch.float64)
+    loss = VarifocalConfig().build(2, "reference")
+    found = [loss(z, torch.tensor([[y]]), torch.tensor(1.0), torch.zeros(int(y < 2))).item() for y in (0, 2)]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_qualities_belong_to_positives_in_flat_order() -> None:
     logits = torch.arange(12.0).view(2, 2, 3)
     labels = torch.tensor([[3, 1], [-1, 2]], dtype=torch.int32)

@@ -67,7 +67,15 @@ def test_a_lucky_seed_of_a_head_that_failed_otherwise_is_not_the_best() -> None:
     table = compare_heads({"a": {0: 0.5, 1: 0.5}, "b": {0: 0.9, 1: NAN}}, "max", 0.05)
     assert table["a"].is_best
     assert not table["b"].alike
+    assert table["b"].untested
     assert table["b"].p_value is None
+
+
+def test_a_head_without_some_seed_of_the_best_is_not_tested() -> None:
+    values = {"a": {0: 0.5, 1: 0.6, 2: 0.7}, "b": {0: 0.5, 1: 0.61}, "c": {0: NAN, 1: NAN, 2: NAN}}
+    table = compare_heads(values, "max", 0.05)
+    assert (table["b"].p_value, table["b"].alike, table["b"].untested) == (None, False, True)
+    assert not table["c"].untested
 
 
 def test_one_seed_is_not_tested() -> None:

@@ -51,7 +51,7 @@ def test_terminal_tables_fit_and_say_what_failed(cells: list[CellResult], capsys
     assert max(len(line) for line in text.splitlines()) <= 120
     assert ".420±.020**" in text
     assert "b|ce (2 of 3, 1 failed)" in text
-    assert ".105±.007 " in text
+    assert ".105±.007? " in text
 
 
 def test_page_has_tables_marks_failures_and_settings(cells: list[CellResult], tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_page_has_tables_marks_failures_and_settings(cells: list[CellResult], tm
     write_page(tmp_path, "A study", tables, cells, measure_settings(cells, tables), {"a.png": "a picture"})
     text = (tmp_path / "table.md").read_text()
     assert "| focal\\_2 | **.420 ± .020** |" in text
-    assert "| b\\|ce (2 of 3, 1 failed) | .105 ± .007 |" in text
+    assert "| b\\|ce (2 of 3, 1 failed) | .105 ± .007 ? |" in text
     assert "- AP: 101 recall points" in text
     assert "![a picture](a.png)" in text
     assert "- b|ce, seed 2: NonFiniteError: loss is inf".replace("|", "\\|") in text
@@ -78,8 +78,7 @@ def test_sheets(cells: list[CellResult], tmp_path: Path) -> None:
     assert heads[0]["raw.ap.mark"] == "best"
     assert float(heads[0]["raw.ap.deviation"]) == pytest.approx(0.02)
     assert (heads[1]["done"], heads[1]["raw.ap.seeds"]) == ("2", "2")
-    # Differences .30 and .31: t = .305 / (.00707 / sqrt 2) = 61, one degree of freedom.
-    assert float(heads[1]["raw.ap.p"]) == pytest.approx(1 - 2 * np.arctan(61) / np.pi)
+    assert (heads[1]["raw.ap.p"], heads[1]["raw.ap.mark"]) == ("", "untested")
 
 
 def test_pictures(cells: list[CellResult], tmp_path: Path) -> None:

@@ -164,3 +164,28 @@ def test_a_detector_is_measured_as_the_study_asks(tmp_path: Path) -> None:
     for text, names in asked.items():
         (tmp_path / "study.toml").write_text(f'base = "base.toml"\n[heads.focal]\n[measures]\n{text}')
         assert list(detector_parts(read_study(tmp_path / "study.toml", [], tmp_path)[1][0])) == names
+
+
+def test_a_failed_cell_is_not_removed_where_nothing_may_train(cell: Cell, fake: Fake) -> None:
+    fake.error = DataError("no objects")
+    assert run_cell(cell) == "failed"
+    assert run_cell(cell, retry_failed=True, measure_only=True) == "kept"
+    assert (cell.folder / "cell.json").is_file()
+
+
+def test_skill_and_number_of_detections_come_from_the_measures(cell: Cell, fake: Fake, monkeypatch: Any) -> None:
+    bins = {"count": [30, 10], "mean_score": [0.2, 0.8], "precision": [0.1, 0.9]}
+    made = {"metrics": {"brier": 0.05, "brier_uncertainty": 0.2}, "reliability": bins}
+    monkeypatch.setattr(fake, "_make", lambda name: made)
+    run_cell(cell)
+    values = cell_result(cell).values
+    assert values["raw.judged"] == 40
+    assert values["raw.brier_skill"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_configuration_is_named(cell: Cell, text: str) -> None:
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"config\.json"):
+        read_study(cell.config.parent / "study.toml", [], cell.folder.parent)

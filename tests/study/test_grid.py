@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from detection.config import ConfigError
 from detection.study.benchmark import Options, benchmark, progress_line
 from detection.study.grid import Clock, Progress, Work, run_grid
 from detection.study.plan import read_study
@@ -75,3 +76,8 @@ def test_time_left_is_what_cells_took_shared_among_the_jobs(tmp_path: Path) -> N
     assert progress_line(first) == "[2/6] focal seed 0: done in 0:01:40, about 0:03:20 left"
     second = clock.note(cell, "interrupted", 5.0)
     assert (second.finished, second.left) == (2, 150.0)
+
+
+def test_no_jobs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--jobs 0: at least 1"):
+        run_grid([], Work(jobs=0), print)
