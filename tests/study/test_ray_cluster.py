@@ -46,7 +46,7 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for variable, value in {**ENVIRONMENT, "RAY_TMPDIR": name}.items():
             monkeypatch.setenv(variable, value)
         yield Path(name)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while (left := processes_in(Path(name))) and time.monotonic() < end:
             time.sleep(0.1)
         for process in left:
@@ -98,9 +98,12 @@ def cluster(folder: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
             process.stdin.flush()
             wait_for(folder / node, PATIENCE)
 
-        yield (folder / "address").read_text(), lose
-        process.stdin.close()
-        assert process.wait(PATIENCE) == 0
+        try:
+            yield (folder / "address").read_text(), lose
+        finally:
+            process.stdin.close()
+            status = process.wait(PATIENCE)
+        assert status == 0
 
 
 class Driven:
