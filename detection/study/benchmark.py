@@ -43,7 +43,7 @@ def benchmark(study_file: Path, options: Options, say: Callable[[str], None]) ->
     title = study.title or study_file.stem
     say(f"{title}: {len(study.heads)} heads x {len(study.seeds)} seeds, cells in {options.cells}")
     if not options.report_only:
-        ended = run_cells(cells, options, lambda progress: say(progress_line(progress)))
+        ended = run_cells(cells, options, say)
         if not ended:
             say("stopped; the same command goes on from here")
             return False
@@ -51,11 +51,15 @@ def benchmark(study_file: Path, options: Options, say: Callable[[str], None]) ->
     return True
 
 
-def run_cells(cells: Sequence[Cell], options: Options, report: Callable[[Progress], None]) -> bool:
+def run_cells(cells: Sequence[Cell], options: Options, say: Callable[[str], None]) -> bool:
     """Runs the cells here or on a Ray cluster; false where a signal stopped it."""
+
+    def report(progress: Progress) -> None:
+        say(progress_line(progress))
+
     if options.ray is None:
         return run_grid(cells, options.work, report)
-    return run_on_ray(cells, options.work, options.ray, options.resources, report)
+    return run_on_ray(cells, options.work, options.ray, options.resources, report, say)
 
 
 def write_study(study: Study, cells: Sequence[Cell], title: str, out: Path) -> None:
