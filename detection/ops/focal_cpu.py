@@ -104,10 +104,11 @@ class _Scratch:
 def _slab(level: Level, plan: Plan, scratch: _Scratch) -> Found:
     """`focal_cpu` of (rows, K) logits."""
     z, labels = level.z, level.labels
-    ignored = (labels < 0).nonzero()[:, 0]
-    positive = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
+    special = (labels < z.shape[1]).nonzero()[:, 0]
+    own = labels[special] >= 0
+    positive, ignored = special[own], special[~own]
     groups = None if not plan.formulas or is_small(z) else _grouped(z)
-    formula = None if groups is None else _choose(groups.peaks, plan)
+    formula = None if groups is None else _choose(groups, plan)
     if groups is None or formula is None:
         return Found(*_exact_level(level, plan), len(positive))
     places = _single(level, positive, _above(groups, formula.limit))
@@ -188,6 +189,8 @@ class _Groups(NamedTuple):
     rest: Tensor
     peaks: Tensor
     """float32 maximum of every group, then every logit of the rest."""
+    highest: float
+    """NaN where there is one."""
 
 
 def _grouped(z: Tensor) -> _Groups:
@@ -197,16 +200,19 @@ def _grouped(z: Tensor) -> _Groups:
         groups, rest = flat[:whole].view(-1, _GROUP), flat[whole:]
     else:
         groups, rest = z, z[:0, 0]
-    return _Groups(groups, rest, torch.cat([groups.amax(1), rest]).float())
+    peaks = groups.amax(1).float()
+    peaks = torch.cat([peaks, rest.float()]) if len(rest) else peaks
+    return _Groups(groups, rest, peaks, peaks.max().item())
 
 
-def _choose(peaks: Tensor, plan: Plan) -> Formula | None:
+def _choose(groups: _Groups, plan: Plan) -> Formula | None:
     """The formula that is cheapest for a level, what it leaves to the exact one included; None: all is left to that."""
     best, least = None, math.inf
     for formula in plan.formulas:
         if formula.cost >= least:
             break
-        share = int((~(peaks <= formula.limit)).sum()) / len(peaks)  # a NaN is over every limit
+        inside = groups.highest <= formula.limit
+        share = 0.0 if inside else int((~(groups.peaks <= formula.limit)).sum()) / len(groups.peaks)  # a NaN is over it
         cost = formula.cost + _GROUP_COST * share - _EXACT_COST * math.log1p(-min(share, 0.99)) / _GROUP
         if share <= _MOST_GROUPS and cost < least:
             best, least = formula, cost
@@ -215,11 +221,11 @@ def _choose(peaks: Tensor, plan: Plan) -> Formula | None:
 
 def _above(groups: _Groups, limit: float) -> Tensor:
     """The places of the logits over a limit, ascending, in the flattened level."""
+    if groups.highest <= limit:
+        return torch.empty(0, dtype=torch.int64)
     size = groups.z.shape[1]
     found = []
     over = ~(groups.peaks <= limit)
-    if not over.any():
-        return over.nonzero()[:, 0]
     for some in torch.split(over[: len(groups.z)].nonzero()[:, 0], _GROUPS_AT_ONCE):
         group, member = (~(groups.z[some].float() <= limit)).nonzero().unbind(1)
         found.append(some[group] * size + member)
