@@ -34,7 +34,7 @@ def _columns(part: str, *columns: tuple[str, str, Literal["max", "min"] | None])
 
 
 DETECTION_CALIBRATION: tuple[tuple[str, str, Literal["max", "min"] | None], ...] = (
-    ("judged", "detections", None),
+    ("judged", "det./100", None),
     ("d_ece", "D-ECE", None),
     ("ece_em", "ECE_EM", None),
     ("d_ece_class", "class D-ECE", None),

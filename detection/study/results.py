@@ -56,10 +56,10 @@ def _numbers(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _judged(part: str, content: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
-    """How many detections (crops) an error is the mean over, and the Brier skill: 1 perfect, 0 as the best constant."""
+    """Hundreds of detections that an error is the mean over; Brier skill: 1 perfect, 0 as the best constant score."""
     if "reliability" not in content:
         return {}
-    judged = {f"{part}.judged": float(sum(content["reliability"]["count"]))}
+    judged = {f"{part}.judged": sum(content["reliability"]["count"]) / 100}
     uncertainty = found.get(f"{part}.brier_uncertainty", math.nan)
     if uncertainty > 0:
         judged[f"{part}.brier_skill"] = 1 - found[f"{part}.brier"] / uncertainty

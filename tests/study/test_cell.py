@@ -179,7 +179,7 @@ def test_skill_and_number_of_detections_come_from_the_measures(cell: Cell, fake:
     monkeypatch.setattr(fake, "_make", lambda name: made)
     run_cell(cell)
     values = cell_result(cell).values
-    assert values["raw.judged"] == 40
+    assert values["raw.judged"] == 0.4
     assert values["raw.brier_skill"] == pytest.approx(0.75)
 
 
