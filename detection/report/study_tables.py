@@ -14,6 +14,8 @@ from detection.report.study_numbers import CellResult, Summary, by_head, compare
 from detection.report.tables import new_table
 
 WIDTH = 118
+GAP = 3
+"""Characters between columns."""
 NONE = "-"
 BEST, ALIKE, UNTESTED = "**", "*", "?"
 
@@ -130,17 +132,35 @@ def mark(summary: Summary) -> str:
 
 def print_study(title: str, tables: Sequence[StudyTable], results: Sequence[CellResult], notes: Sequence[str]) -> None:
     """Prints the tables, at most 120 columns wide."""
-    parts: list[RenderableType] = [Text(title, style="bold")]
-    for table in tables:
-        shown = new_table("", *(c.label for c in table.columns))
-        shown.columns[0].no_wrap = True
-        for head, row in table.rows.items():
-            shown.add_row(f"{head}{incomplete(results, head)}", *(_cell(row[c.name]) for c in table.columns))
-        parts += [Text(f"\n{table.title}", style="bold"), shown]
-    parts.append(Text("\n".join(notes), style="dim"))
     console = Console(highlight=False)
     console.width = min(max(console.width, 80), WIDTH) if console.is_terminal else WIDTH
+    names = {head: f"{head}{incomplete(results, head)}" for table in tables for head in table.rows}
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    for table in tables:
+        parts.append(Text(f"\n{table.title}", style="bold"))
+        for columns in _side_by_side(table, console.width - max(map(len, names.values()))):
+            shown = new_table("", *(c.label for c in columns))
+            shown.columns[0].no_wrap = True
+            for head, row in table.rows.items():
+                shown.add_row(names[head], *(_cell(row[c.name]) for c in columns))
+            parts.append(shown)
+    parts.append(Text("\n".join(notes), style="dim"))
     console.print(Group(*parts))
+
+
+def _side_by_side(table: StudyTable, room: int) -> list[list[Column]]:
+    """The columns in runs that fit beside the names in so many characters; at least one a run."""
+    runs: list[list[Column]] = [[]]
+    left = room
+    for column in table.columns:
+        texts = [_cell(row[column.name]).plain for row in table.rows.values()] + column.label.split()
+        needed = max(map(len, texts)) + GAP
+        if needed > left and runs[-1]:
+            runs.append([])
+            left = room
+        runs[-1].append(column)
+        left -= needed
+    return runs
 
 
 def incomplete(results: Sequence[CellResult], head: str) -> str:

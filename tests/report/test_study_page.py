@@ -113,3 +113,18 @@ def test_roc_by_hand() -> None:
     inside, outside = roc(np.array([0.1, 0.2]), np.array([0.3, 0.15]))
     assert inside.tolist() == [0, 0, 0.5, 0.5, 1]
     assert outside.tolist() == [0, 0.5, 0.5, 1, 1]
+
+
+def test_wide_tables_go_on_below_instead_of_losing_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("d_ece", "ece_em", "d_ece_class", "la_ece", "nll", "brier")
+    cells = [
+        CellResult(f"{'long_name_' * 4}{h}", s, "done", tmp_path, values={f"raw.{n}": 123.4 + s + h for n in names})
+        for h in range(2)
+        for s in range(2)
+    ]
+    print_study("A study", study_tables(cells, "detection", 0.05), cells, [])
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert text.count("long_name_long_name_long_name_long_name_0") == 2
+    assert text.count("123.9±.7") == len(names)
+    assert max(len(line) for line in text.splitlines()) <= 118
