@@ -25,6 +25,8 @@ from detection.ops.focal import Implementation
 from tools.bench.harness import arguments, report
 
 GOLDEN_STEPS = 20
+NUDGES = (1.2e-7, 2.4e-7, 1e-6)
+"""One to eight roundings of a weight."""
 LEARNING_RATE = 0.02
 DETECTOR = (
     "device=cpu",
@@ -113,7 +115,10 @@ def main() -> None:
         reference = curve(folder, "reference", options.steps)
         curves = {
             "kernel": curve(folder, "cpu", options.steps),
-            "reference, weights 2.4e-7 apart": curve(folder, "reference", options.steps, 2.4e-7),
+            **{
+                f"reference, weights {nudge:.1e} apart": curve(folder, "reference", options.steps, nudge)
+                for nudge in NUDGES
+            },
         }
     report("curves", [compared(name, rows, reference) for name, rows in curves.items()], options.out)
 
