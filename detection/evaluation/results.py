@@ -44,7 +44,7 @@ def read_results(path: Path, records: Records) -> list[Detections]:
     Errors: DataError naming the file, the index of the entry and the value, where the file is missing, larger than
     1 GiB, not a JSON list, or an entry has an unknown image or category, a malformed box or a score outside 0..1.
     """
-    entries = load_json(path)
+    entries = load_json(path, MAX_RESULT_BYTES)
     if not isinstance(entries, list):
         raise DataError(f"{path}: a COCO results file is a list of detections; this is a {type(entries).__name__}")
     image_position = {image_id: i for i, image_id in enumerate(records.image_ids.tolist())}
@@ -73,7 +73,7 @@ def rewrite_scores(
     The entries keep their order and all their other fields. Errors: DataError as in `read_results`.
     """
     read_results(source, records)
-    entries = load_json(source)
+    entries = load_json(source, MAX_RESULT_BYTES)
     label_of = {category: label for label, category in enumerate(records.category_ids)}
     scores = np.array([entry["score"] for entry in entries], np.float64)
     labels = np.array([label_of[entry["category_id"]] for entry in entries], np.int64)
@@ -111,7 +111,7 @@ def ground_truth(records: Records) -> dict[str, Any]:
     }
 
 
-def load_json(path: Path, most: int = MAX_RESULT_BYTES) -> Any:
+def load_json(path: Path, most: int) -> Any:
     """What a JSON file of at most `most` bytes holds. Errors: DataError that names the file."""
     try:
         size = path.stat().st_size
