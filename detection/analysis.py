@@ -138,7 +138,7 @@ def curvature(subject: Subject, images: int, probes: int = PROBES) -> dict[str, 
     # Convolutions in TF32 would leave three digits.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         product, used = training_hessian(subject, images, parameters)
-        found = curvature_numbers(product, sum(p.numel() for p in parameters), parameters[0].detach(), probes)
+        found = curvature_numbers(product, parameters, probes)
     return {**found, "images": used, "seconds": time.perf_counter() - started}
 
 

@@ -56,13 +56,16 @@ class Trace:
     probes: int
 
 
-def curvature_numbers(product: Product, size: int, like: Tensor, probes: int = PROBES) -> dict[str, float | int | bool]:
-    """The ends of a Hessian's spectrum and its trace. Vectors have `size` elements of the dtype and device of `like`.
+def curvature_numbers(
+    product: Product, parameters: Sequence[Tensor], probes: int = PROBES
+) -> dict[str, float | int | bool]:
+    """The ends of a Hessian's spectrum and its trace, of a loss as a function of all `parameters`.
 
     eigenvalue: the largest eigenvalue, residual: how far off it is at most; smallest: a value that the smallest one
     does not exceed, with its residual; converged: both residuals are below a hundredth of the largest size; trace and
     trace_error: an estimate and its standard error.
     """
+    size, like = sum(p.numel() for p in parameters), parameters[0].detach()
     ends = extreme_eigenvalues(product, random_direction(size, 0, like), ITERATIONS, TOLERANCE)
     trace = estimate_trace(product, rademacher_probes(size, probes, 1, like), ends.basis, ends.basis_trace)
     return {

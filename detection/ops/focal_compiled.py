@@ -1,6 +1,6 @@
 """The CPU focal loss as one pass compiled by torch.compile: a choice where a C++ compiler is present, never required.
 
-It takes the same time whatever the logits are: about that of `focal_cpu` near the prior bias, less where they spread.
+It takes the same time whatever the logits are: less than `focal_cpu`, by most where they spread.
 It computes what `focal_cpu` does, background first and positive anchors exactly afterwards, and leaves to that what it
 has no code for: gamma tables, inverse focal, small or strided levels, and a gradient in the logits' memory.
 """

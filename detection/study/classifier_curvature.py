@@ -42,6 +42,5 @@ def measure_classifier_curvature(path: Path, images: int) -> dict[str, float | i
 
     # Convolutions in TF32 would leave three digits.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        size = sum(p.numel() for p in parameters)
-        found = curvature_numbers(hessian_product(loss, parameters), size, parameters[0].detach())
+        found = curvature_numbers(hessian_product(loss, parameters), parameters)
     return {**found, "images": len(rows), "seconds": time.perf_counter() - started}
