@@ -7,21 +7,23 @@ own classes, and other elements whose logit is too high for the level's formula,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from detection.ops.focal_elements import FocalShape, GammaTable, focal_values_and_gradients
-from detection.ops.focal_formulas import Formula, Work, by_polynomial, by_softplus, formulas, put_softplus
+from detection.ops.focal_elements import FocalShape, GammaTable, focal_values_and_gradients, values_and_slopes
+from detection.ops.focal_formulas import Formula, Work, by_polynomial, by_softplus, constants, formulas, put_softplus
 
-_BLOCK = 262_144  # elements: smaller ones fit a core's own cache, but calling torch for each costs more than that saves
-_SMALLEST_BLOCK = 32_768
+# Elements of a block. Smaller ones fit a core's own cache, but calling torch for each costs more than that saves.
+_SMALLEST_BLOCK, _BLOCK, _LARGEST_BLOCK = 32_768, 262_144, 786_432
 _SMALL = 16_384  # elements of a level below which the exact formula for all is faster
 _EXACT_BLOCK = 16_384
 _GROUP = 128  # elements whose maximum is taken at once: reductions over shorter rows are slow
 _GROUPS_AT_ONCE = 512
+_SAMPLE = 16  # one group of so many tells which formula suits a level
 _MOST_GROUPS = 0.1  # of a level, that may hold elements above a formula's limit: their places must not fill the memory
 # Nanoseconds an element: to look through a group for elements above a limit, and to compute one exactly.
 _GROUP_COST, _EXACT_COST = 4.0, 60.0
@@ -87,8 +89,21 @@ def is_small(logits: Tensor) -> bool:
     return logits.numel() <= _SMALL
 
 
+class _Block(NamedTuple):
+    """Some rows of a level, and float32 arrays of their size to work on them."""
+
+    start: int
+    z: Tensor
+    p: Tensor
+    y: Tensor
+    target: Tensor
+    """Takes the slopes: the gradient itself where it can."""
+    out: Tensor | None
+    """The gradient."""
+
+
 class _Scratch:
-    """Float32 work space for one block: some per cent of the logits."""
+    """Float32 work space for one block, some per cent of the logits, and how a level is cut into blocks."""
 
     def __init__(self, logits: Tensor, gradient: Tensor | None) -> None:
         classes = max(logits.shape[-1], 1)
@@ -96,9 +111,27 @@ class _Scratch:
         size = min(_BLOCK, max(_SMALLEST_BLOCK, logits.numel() // (32 if exact else 96)))
         self.rows = max(1, min(size, logits.numel()) // classes)
         self.p, self.y = torch.empty(self.rows, classes), torch.empty(self.rows, classes)
-        direct = exact and gradient is not None and gradient.is_contiguous()
-        self.out = None if direct else torch.empty(self.rows, classes)
-        """None where the gradient takes the slopes directly."""
+        self.direct = exact and gradient is not None and gradient.is_contiguous()
+        self.out = torch.empty(0 if self.direct else self.rows, classes)
+        in_place = gradient is not None and gradient.data_ptr() == logits.data_ptr()
+        self.big = 0 if in_place or not self.direct else min(_LARGEST_BLOCK, logits.numel() // 10) // classes
+        """Rows of a block that works in the memory of gradients still to come, where that is larger."""
+
+    def blocks(self, level: Level) -> Iterator[_Block]:
+        rows, first = len(level.z), 0
+        if level.out is not None and self.rows < self.big <= rows // 4:
+            first = rows - 2 * self.big
+            p, y = torch.split(level.out[first:], self.big)
+            for start in range(0, first, self.big):
+                yield self._block(level, start, min(start + self.big, first), p, y)
+        for start in range(first, rows, self.rows):
+            yield self._block(level, start, min(start + self.rows, rows), self.p, self.y)
+
+    def _block(self, level: Level, start: int, stop: int, p: Tensor, y: Tensor) -> _Block:
+        size = stop - start
+        out = None if level.out is None else level.out[start:stop]
+        target = out if self.direct and out is not None else self.out[:size]
+        return _Block(start, level.z[start:stop], p[:size], y[:size], target, out)
 
 
 def _slab(level: Level, plan: Plan, scratch: _Scratch) -> Found:
@@ -113,14 +146,14 @@ def _slab(level: Level, plan: Plan, scratch: _Scratch) -> Found:
         return Found(*_exact_level(level, plan), len(positive))
     places = _single(level, positive, _above(groups, formula.limit))
     kept = z[places // z.shape[1], places % z.shape[1]]  # the gradient may take the logits' memory
-    blocks = torch.split(z, scratch.rows)
-    outs = [None] * len(blocks) if level.out is None else torch.split(level.out, scratch.rows)
-    rows_of = _by_block(ignored, scratch.rows, len(blocks))
-    places_of = _by_block(places, scratch.rows * z.shape[1], len(blocks))
-    constants = _constants(plan, formula)
+    blocks = list(scratch.blocks(level))
+    starts = torch.tensor([block.start for block in blocks[1:]], dtype=torch.int64)
+    rows_of = ignored.tensor_split(torch.searchsorted(ignored, starts))
+    places_of = places.tensor_split(torch.searchsorted(places, starts * z.shape[1]))
     total = 0.0
-    for block, out, rows, elements in zip(blocks, outs, rows_of, places_of, strict=True):
-        total += _block(block, out, (rows, elements), constants, plan, scratch)
+    for block, rows, elements in zip(blocks, rows_of, places_of, strict=True):
+        left_out = (rows - block.start, elements - block.start * z.shape[1])
+        total += _block(block, left_out, formula, plan)
     loss, bad = _exact_elements(level, places, kept, plan)
     return Found(total + loss, bad, len(positive))
 
@@ -136,41 +169,20 @@ def _single(level: Level, positive: Tensor, above: Tensor) -> Tensor:
     return torch.cat([own, others]).sort().values
 
 
-def _by_block(places: Tensor, size: int, blocks: int) -> tuple[Tensor, ...]:
-    """The places in every block of so many, counted from its first."""
-    if blocks == 1:
-        return (places,)
-    bounds = torch.searchsorted(places, torch.arange(1, blocks) * size)
-    return (places % size).tensor_split(bounds)
-
-
-def _block(
-    z: Tensor,
-    out: Tensor | None,
-    left_out: tuple[Tensor, Tensor],
-    constants: tuple[Tensor, ...],
-    plan: Plan,
-    scratch: _Scratch,
-) -> float:
-    """The background loss of a block but for the rows and the elements that are left out.
-
-    `constants` are those of a polynomial; without any, it is softplus.
-    """
-    p, y, target = scratch.p, scratch.y, out if scratch.out is None else scratch.out
-    assert target is not None
-    if len(z) < len(p):
-        p, y, target = p[: len(z)], y[: len(z)], target[: len(z)]
+def _block(block: _Block, left_out: tuple[Tensor, Tensor], formula: Formula, plan: Plan) -> float:
+    """The background loss of a block but for the rows and the elements that are left out."""
+    z, p, y = block.z, block.p, block.y
     torch.sigmoid(z if z.dtype == torch.float32 else p.copy_(z), out=p)
     _clear(p, left_out)
-    work = Work(p, y, target)
-    if constants:
-        loss = by_polynomial(work, plan.gamma, plan.weight, constants)
+    work = Work(p, y, block.target)
+    if formula.kind == "polynomial":
+        loss = by_polynomial(work, plan.gamma, plan.weight, constants(formula, plan.gamma, plan.weight))
     else:
-        put_softplus(z, y, target)
+        put_softplus(z, y, block.target)
         _clear(y, left_out)
         loss = by_softplus(work, plan.gamma, plan.weight)
-    if out is not None and target is not out:
-        out.copy_(target)
+    if block.out is not None and block.out is not block.target:
+        block.out.copy_(block.target)
     return loss
 
 
@@ -207,12 +219,14 @@ def _grouped(z: Tensor) -> _Groups:
 
 def _choose(groups: _Groups, plan: Plan) -> Formula | None:
     """The formula that is cheapest for a level, what it leaves to the exact one included; None: all is left to that."""
+    peaks = groups.peaks[::_SAMPLE].contiguous()
+    limits = torch.tensor([[formula.limit] for formula in plan.formulas])
+    inside = (peaks <= limits).sum(1).tolist()  # a NaN is over it
     best, least = None, math.inf
-    for formula in plan.formulas:
+    for formula, count in zip(plan.formulas, inside, strict=True):
         if formula.cost >= least:
             break
-        inside = groups.highest <= formula.limit
-        share = 0.0 if inside else int((~(groups.peaks <= formula.limit)).sum()) / len(groups.peaks)  # a NaN is over it
+        share = 0.0 if groups.highest <= formula.limit else 1 - count / len(peaks)
         cost = formula.cost + _GROUP_COST * share - _EXACT_COST * math.log1p(-min(share, 0.99)) / _GROUP
         if share <= _MOST_GROUPS and cost < least:
             best, least = formula, cost
@@ -231,13 +245,6 @@ def _above(groups: _Groups, limit: float) -> Tensor:
         found.append(some[group] * size + member)
     found.append(over[len(groups.z) :].nonzero()[:, 0] + groups.z.numel())
     return torch.cat(found)
-
-
-def _constants(plan: Plan, formula: Formula) -> tuple[Tensor, ...]:
-    if formula.kind == "softplus":
-        return ()
-    factor = plan.weight * (plan.gamma if plan.gamma else 1.0)
-    return (formula.coefficients * factor).float().unbind()
 
 
 def _exact_level(level: Level, plan: Plan) -> tuple[float, int]:
@@ -269,19 +276,18 @@ def exact_rows(level: Level, rows: Tensor, z: Tensor, plan: Plan) -> tuple[float
 
 def _exact_elements(level: Level, places: Tensor, logits: Tensor, plan: Plan) -> tuple[float, int]:
     """Loss and non-finite elements of single elements; their gradient goes to `level.out`."""
-    if not len(places):
-        return 0.0, 0
     total, bad = 0.0, 0
     classes = level.z.shape[1]
-    for place, z in zip(torch.split(places, _EXACT_BLOCK), torch.split(logits, _EXACT_BLOCK), strict=True):
-        rows = place // classes
+    for start in range(0, len(places), _EXACT_BLOCK):
+        place, z = places[start : start + _EXACT_BLOCK], logits[start : start + _EXACT_BLOCK, None]
+        rows, columns = place // classes, place % classes
         member = None if level.group is None else level.group[rows]
-        other = (level.labels[rows] != place % classes).int()  # as a row of one class: label 0 is that class, 1 is not
-        value, slope = focal_values_and_gradients(z[:, None], other, plan.shape, member)
+        positive = (level.labels[rows] == columns)[:, None]
+        value, slope = values_and_slopes(z.float(), positive, plan.shape, member)
         loss, nonfinite = _add_up(value, plan)
         total, bad = total + loss, bad + nonfinite
         if level.out is not None:
-            level.out.index_put_((rows, place % classes), slope[:, 0].mul_(plan.scale).to(level.out.dtype))
+            level.out.index_put_((rows, columns), slope[:, 0].mul_(plan.scale).to(level.out.dtype))
     return total, bad
 
 
@@ -299,4 +305,4 @@ def plan_of(shape: FocalShape, scale: float) -> Plan:
         same = bool((gamma.gamma[:, 0, 0] == gamma.gamma[0, 0, 0]).all())
         limit = limit if same else -math.inf
         gamma = gamma.gamma[0, 0, 0].item()
-    return Plan(shape, scale, gamma, () if gamma < 0 or limit == -math.inf else formulas(gamma, limit))
+    return Plan(shape, scale, gamma, formulas(gamma, limit))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 # exp(-gamma softplus(s)) has underflowed long before, and 0 times it is 0 where 0 times infinity would not be.
@@ -77,19 +77,29 @@ def focal_values_and_gradients(
 ) -> tuple[Float[Tensor, "*rows K"], Float[Tensor, "*rows K"]]:
     """The loss of every element and its derivative by the logit, in closed form; both 0 for ignored anchors."""
     positive, ignored = _outcomes(logits, labels)
-    exact = _at_least_float32(logits).masked_fill(ignored, 0.0)
+    value, slope = values_and_slopes(_at_least_float32(logits).masked_fill(ignored, 0.0), positive, shape, group)
+    return value.masked_fill_(ignored, 0.0), slope.masked_fill_(ignored, 0.0)
+
+
+def values_and_slopes(
+    logits: Float[Tensor, "*rows K"],
+    positive: Bool[Tensor, "*rows K"],
+    shape: FocalShape,
+    group: Integer[Tensor, "*rows"] | None = None,
+) -> tuple[Float[Tensor, "*rows K"], Float[Tensor, "*rows K"]]:
+    """`focal_values_and_gradients` of logits of float32 at least, given which have outcome 1."""
     weights = shape.weights
-    sign = torch.where(positive, 1.0, -1.0).to(exact.dtype)
-    weight = torch.where(positive, weights[1], weights[0]).to(exact.dtype)
-    value, slope = value_and_slope(sign * exact, _gamma_of(exact, positive, shape, group))
-    value, slope = value * weight, slope * weight * sign
+    sign = positive.to(logits.dtype).mul_(2).sub_(1)
+    weight = torch.where(positive, weights[1], weights[0]).to(logits.dtype)
+    value, slope = value_and_slope(logits * sign, _gamma_of(logits, positive, shape, group))
+    value, slope = value * weight, slope * weight.mul_(sign)
     if shape.smoothing > 0:
         share = shape.smoothing / 2
         outcome = torch.zeros_like(positive)
-        other, other_slope = value_and_slope(-exact, _gamma_of(exact, outcome, shape, group))
+        other, other_slope = value_and_slope(-logits, _gamma_of(logits, outcome, shape, group))
         value = torch.where(positive, (1 - share) * value + share * weights[0] * other, value)
         slope = torch.where(positive, (1 - share) * slope - share * weights[0] * other_slope, slope)
-    return value.masked_fill(ignored, 0.0), slope.masked_fill(ignored, 0.0)
+    return value, slope
 
 
 def outcome_loss(signed: Tensor, gamma: Tensor | float) -> Tensor:
@@ -117,7 +127,9 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     -w Q (1 + G P lp / (1 + P)) for gamma = -G < 0.
     """
     p, q = torch.sigmoid(signed), torch.sigmoid(-signed)
-    log_p = _log_sigmoid(signed)
+    # log p without log1p, for the reason that `put_softplus` gives.
+    far = torch.minimum(p, q)
+    log_p = torch.add(signed.clamp(max=0), torch.atanh(far / (2 - far)), alpha=-2)
     p_log_p = p * log_p.clamp(min=-torch.finfo(signed.dtype).max)
     if isinstance(gamma, Tensor):
         inverse = gamma < 0
@@ -128,12 +140,6 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     else:
         w, slope = (1 + p).pow(-gamma), -q * (1 - gamma * p_log_p / (1 + p))
     return -log_p * w, w * slope
-
-
-def _log_sigmoid(s: Tensor) -> Tensor:
-    """log sigmoid(s) without log1p, for the reason that `put_softplus` gives."""
-    far = torch.sigmoid(-s.abs())
-    return s.clamp(max=0) - 2 * torch.atanh(far / (2 - far))
 
 
 def element_gamma(

@@ -46,8 +46,11 @@ class Work:
     """Takes the slopes; may share the logits' memory."""
 
 
+@lru_cache(maxsize=16)
 def formulas(gamma: float, limit: float) -> tuple[Formula, ...]:
-    """What may compute logits up to `limit` with a constant gamma >= 0, by ascending reach and cost."""
+    """What may compute logits up to `limit` with one gamma, by ascending reach and cost; nothing where gamma < 0."""
+    if gamma < 0 or limit == -math.inf:
+        return ()
     fitted = []
     for top in _FITTED:
         # Where the power multiplies the score's rounding error by much, leave that more of what may be wrong.
@@ -80,15 +83,20 @@ def fit_logarithm(limit: float, tolerance: float) -> Tensor:
     return coefficients
 
 
-def by_polynomial(work: Work, gamma: float, weight: float, constants: tuple[Tensor, ...]) -> float:
-    """The block's loss; its slopes go to `work.out`.
+@lru_cache(maxsize=64)
+def constants(formula: Formula, gamma: float, weight: float) -> tuple[Tensor, ...]:
+    """A polynomial's coefficients times weight * gamma (times the weight where gamma is 0).
 
-    `constants` are the formula's coefficients times weight * gamma (times the weight where gamma is 0), as float32
-    tensors without dimensions: what torch adds without making an array of it.
+    They are float32 tensors without dimensions: what torch adds without making an array of it.
     """
+    return (formula.coefficients * (weight * gamma if gamma else weight)).float().unbind()
+
+
+def by_polynomial(work: Work, gamma: float, weight: float, factors: tuple[Tensor, ...]) -> float:
+    """The block's loss; its slopes go to `work.out`. `factors` are the formula's `constants`."""
     p, y, out = work.p, work.y, work.out
-    torch.add(constants[-2], p, alpha=constants[-1].item(), out=y)
-    for constant in reversed(constants[:-2]):
+    torch.add(factors[-2], p, alpha=factors[-1].item(), out=y)
+    for constant in reversed(factors[:-2]):
         torch.addcmul(constant, y, p, out=y)
     if gamma == 0:
         loss = y.mul_(p).sum().item()
