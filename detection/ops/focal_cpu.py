@@ -204,6 +204,10 @@ class _Groups(NamedTuple):
     highest: float
     """NaN where there is one."""
 
+    def over(self, limit: float) -> Tensor:
+        """Which peaks are; a NaN is."""
+        return ~(self.peaks <= limit)
+
 
 def _grouped(z: Tensor) -> _Groups:
     if z.is_contiguous():
@@ -219,14 +223,20 @@ def _grouped(z: Tensor) -> _Groups:
 
 def _choose(groups: _Groups, plan: Plan) -> Formula | None:
     """The formula that is cheapest for a level, what it leaves to the exact one included; None: all is left to that."""
-    peaks = groups.peaks[::_SAMPLE].contiguous()
+    formula = _cheapest(groups.peaks[::_SAMPLE].contiguous(), groups.highest, plan)
+    if formula is not None and groups.over(formula.limit).sum() > _MOST_GROUPS * len(groups.peaks):
+        return _cheapest(groups.peaks, groups.highest, plan)  # the sample was not like the level
+    return formula
+
+
+def _cheapest(peaks: Tensor, highest: float, plan: Plan) -> Formula | None:
     limits = torch.tensor([[formula.limit] for formula in plan.formulas])
     inside = (peaks <= limits).sum(1).tolist()  # a NaN is over it
     best, least = None, math.inf
     for formula, count in zip(plan.formulas, inside, strict=True):
         if formula.cost >= least:
             break
-        share = 0.0 if groups.highest <= formula.limit else 1 - count / len(peaks)
+        share = 0.0 if highest <= formula.limit else 1 - count / len(peaks)
         cost = formula.cost + _GROUP_COST * share - _EXACT_COST * math.log1p(-min(share, 0.99)) / _GROUP
         if share <= _MOST_GROUPS and cost < least:
             best, least = formula, cost
@@ -239,7 +249,7 @@ def _above(groups: _Groups, limit: float) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
     size = groups.z.shape[1]
     found = []
-    over = ~(groups.peaks <= limit)
+    over = groups.over(limit)
     for some in torch.split(over[: len(groups.z)].nonzero()[:, 0], _GROUPS_AT_ONCE):
         group, member = (~(groups.z[some].float() <= limit)).nonzero().unbind(1)
         found.append(some[group] * size + member)

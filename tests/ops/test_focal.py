@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detection.ops.focal import Implementation, choose
-from detection.ops.focal_cpu import focal_cpu
+from detection.ops.focal_cpu import _choose, _grouped, focal_cpu, plan_of
 from detection.ops.focal_elements import FocalShape, GammaTable, focal_elements, focal_values_and_gradients
 
 FILES = Path(__file__).parents[1] / "data" / "files"
@@ -356,6 +356,17 @@ if "cpu" in BACKENDS:
         loss, gradient, _ = fused("cpu", logits, labels, FocalShape(0.25, gamma))
         wanted_loss, wanted = exact(logits, labels, FocalShape(0.25, gamma))
         compare(gradient, wanted, loss, wanted_loss, torch.float32, max(1.0, (1 + gamma) / 3))
+
+    def test_a_level_that_its_sample_does_not_show() -> None:
+        logits, labels = level(1, 1024, 128, -4.6, 0.1)
+        shape = FocalShape(0.25, 2.0)
+        logits[0, torch.arange(1024) % 16 != 0] += 8.0
+        formula = _choose(_grouped(logits[0]), plan_of(shape, 1.0))
+        assert formula is not None
+        assert formula.limit > 4
+        loss, gradient, _ = fused("cpu", logits, labels, shape)
+        wanted_loss, wanted = exact(logits, labels, shape)
+        compare(gradient, wanted, loss, wanted_loss, torch.float32)
 
     @pytest.mark.parametrize("dense", [True, False])
     def test_single_elements_above_a_blocks_reach_are_exact(dense: bool) -> None:
