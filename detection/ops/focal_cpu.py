@@ -97,7 +97,7 @@ class _Block(NamedTuple):
     p: Tensor
     y: Tensor
     target: Tensor
-    """Takes the slopes: the gradient itself where it can."""
+    """Takes the slopes: the gradient itself where it can, never the logits' memory."""
     out: Tensor | None
     """The gradient."""
 
@@ -111,10 +111,11 @@ class _Scratch:
         size = min(_BLOCK, max(_SMALLEST_BLOCK, logits.numel() // (32 if exact else 96)))
         self.rows = max(1, min(size, logits.numel()) // classes)
         self.p, self.y = torch.empty(self.rows, classes), torch.empty(self.rows, classes)
-        self.direct = exact and gradient is not None and gradient.is_contiguous()
+        self.direct = (
+            exact and gradient is not None and gradient.is_contiguous() and gradient.data_ptr() != logits.data_ptr()
+        )
         self.out = torch.empty(0 if self.direct else self.rows, classes)
-        in_place = gradient is not None and gradient.data_ptr() == logits.data_ptr()
-        self.big = 0 if in_place or not self.direct else min(_LARGEST_BLOCK, logits.numel() // 10) // classes
+        self.big = min(_LARGEST_BLOCK, logits.numel() // 10) // classes if self.direct else 0
         """Rows of a block that works in the memory of gradients still to come, where that is larger."""
 
     def blocks(self, level: Level) -> Iterator[_Block]:
@@ -178,7 +179,7 @@ def _block(block: _Block, left_out: tuple[Tensor, Tensor], formula: Formula, pla
     if formula.kind == "polynomial":
         loss = by_polynomial(work, plan.gamma, plan.weight, constants(formula, plan.gamma, plan.weight))
     else:
-        put_softplus(z, y, block.target)
+        put_softplus(work, z, constants(formula, 1.0, 1.0))
         _clear(y, left_out)
         loss = by_softplus(work, plan.gamma, plan.weight)
     if block.out is not None and block.out is not block.target:
