@@ -1,6 +1,7 @@
 """The focal losses as Triton kernels: one read of the logits, one write of their gradient. The only user of triton.
 
-Every program writes its partial sums, which are then added in a fixed order: equal inputs give equal losses.
+Every program writes its partial sums, which are then added in a fixed order: in one process, equal inputs give equal
+losses. Another may tune the programs to another size, and the loss differs by its rounding; the gradient does not.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
