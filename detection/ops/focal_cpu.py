@@ -224,6 +224,8 @@ def _grouped(z: Tensor) -> _Groups:
 
 def _choose(groups: _Groups, plan: Plan) -> Formula | None:
     """The formula that is cheapest for a level, what it leaves to the exact one included; None: all is left to that."""
+    if groups.highest <= plan.formulas[0].limit:
+        return plan.formulas[0]
     formula = _cheapest(groups.peaks[::_SAMPLE].contiguous(), groups.highest, plan)
     if formula is not None and groups.over(formula.limit).sum() > _MOST_GROUPS * len(groups.peaks):
         return _cheapest(groups.peaks, groups.highest, plan)  # the sample was not like the level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ _SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? scale, float alpha, float gamma, bool with_gradient)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_BLOCK = 131_072
+# Elements of a block: of one that is worked on in the gradient's memory, and of one that takes memory of its own.
+_BLOCK, _SCRATCH_BLOCK = 1_048_576, 262_144
 
 
 def softmax_focal_rows(
@@ -100,38 +102,47 @@ _fused.register_autograd(_backward, setup_context=_save)
 def _on_cpu(
     logits: Tensor, labels: Tensor, alpha: float, gamma: float, scale: float, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of rows in cache: the closed form, with one probability matrix a block as work space."""
+    """Blocks of rows in cache, each in closed form; a float32 gradient's memory holds the probabilities first."""
     classes = logits.shape[-1]
     z, y = logits.flatten(0, 1), labels.flatten()
     out = None if gradient is None else gradient.flatten(0, 1)
-    step = max(1, _BLOCK // max(classes, 1))
+    weights = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
+    direct = out if out is not None and out.dtype == torch.float32 else None
+    step = max(1, (_SCRATCH_BLOCK if direct is None else _BLOCK) // max(classes, 1))
     total, bad = 0.0, 0
     for start in range(0, len(z), step):
-        piece = slice(start, start + step)
-        loss, rows = _block(z[piece].float(), y[piece], alpha, gamma)
-        total += loss.sum(dtype=torch.float64).item()
-        bad += int((~loss.isfinite()).sum())
+        rows, own = z[start : start + step], y[start : start + step]
+        p = torch.softmax(rows, -1, dtype=torch.float32, out=None if direct is None else direct[start : start + step])
+        weight = torch.where(own == classes - 1, *weights).masked_fill_(own < 0, 0.0)
+        loss, coefficient = _closed_form(rows, p, own.long().clamp_(min=0)[:, None], weight, gamma)
+        ignored = (own < 0).nonzero()[:, 0]
+        loss.index_fill_(0, ignored, 0.0)
+        part = loss.sum(dtype=torch.float64).item()
+        total += part
+        bad += 0 if math.isfinite(part) else int((~loss.isfinite()).sum())
         if out is not None:
-            out[piece] = rows.mul_(scale)
+            p.mul_(coefficient.mul_(scale)[:, None]).index_fill_(0, ignored, 0.0)
+            if direct is None:
+                out[start : start + step] = p
     positive = int(((y >= 0) & (y < classes - 1)).sum())
     return torch.tensor(total * scale), torch.tensor([positive, bad])
 
 
-def _block(z: Tensor, labels: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of (rows, C) logits: dL/dz_j = (own_j - p_j) (1 - p)^gamma (gamma p log p / (1 - p) - 1)."""
-    ignored = labels < 0
-    own = labels.long().clamp(min=0)[:, None]
-    p = torch.softmax(z, -1)
-    log_p = z.gather(1, own)[:, 0] - z.logsumexp(-1)
-    others = p.scatter(1, own, 0.0).sum(-1)
-    log_p = torch.where(others < 0.5, torch.log1p(-others), log_p)
-    ratio = torch.where(others > 1e-30, log_p / others, -1.0)
-    w = others.pow(gamma)
-    weight = torch.ones_like(w)
-    if alpha >= 0:
-        weight = torch.where(labels == z.shape[-1] - 1, 1 - alpha, alpha).to(w.dtype)
-    weight = weight.masked_fill(ignored, 0.0)
-    loss = (-log_p * w * weight).masked_fill(ignored, 0.0)
-    coefficient = weight * w * (gamma * torch.exp(log_p) * ratio - 1)
-    gradient = p.scatter_(1, own, -others[:, None]).mul_(-coefficient[:, None])
-    return loss, gradient.masked_fill_(ignored[:, None], 0.0)
+def _closed_form(z: Tensor, p: Tensor, own: Tensor, weight: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Loss of every row, and what `p` is to be multiplied by to be its gradient; `own` (rows, 1) is its class.
+
+    dL/dz_j = (own_j - p_j) (1 - p)^gamma (gamma p log p / (1 - p) - 1); p's own column becomes p - 1.
+    """
+    own_p = p.gather(1, own)[:, 0]
+    others = p.scatter_(1, own, 0.0).sum(-1)
+    p.scatter_(1, own, -others[:, None])
+    # log p = log(1 - q) keeps its digits where q is small; log1p is not used for the reason that `put_softplus` gives.
+    near = torch.atanh(others / (2 - others)).mul_(-2)
+    log_p = torch.where(others < 0.5, near, own_p.log())
+    vanished = (own_p < 1e-30).nonzero()[:, 0]
+    if len(vanished):
+        far = z[vanished].float()
+        log_p[vanished] = far.gather(1, own[vanished])[:, 0] - far.logsumexp(-1)
+    weighted = weight.mul_(others.pow(gamma)) if gamma else weight
+    coefficient = 1 - gamma * own_p * torch.where(others > 1e-30, log_p / others, -1.0)
+    return -log_p * weighted, coefficient.mul_(weighted)

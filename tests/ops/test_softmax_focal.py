@@ -73,6 +73,22 @@ def test_no_anchor_is_no_loss() -> None:
 
 if not TRITON:
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_blocks_add_up_in_every_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits, labels = level(2, 41, 7)
+        logits = logits.to(dtype)
+        z = logits.double().requires_grad_()
+        wanted = softmax_focal_rows(z, labels, 0.25, 2.0).sum()
+        (slope,) = torch.autograd.grad(wanted, z)
+        for size in ("_BLOCK", "_SCRATCH_BLOCK"):
+            monkeypatch.setattr(f"detection.ops.softmax_focal.{size}", 64)
+        loss, gradient, counts = fused(logits, labels, 0.25, 2.0)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+        assert gradient.dtype == dtype
+        rounded = slope.to(dtype).double()
+        assert (gradient - rounded).norm() <= {torch.float32: 2e-6}.get(dtype, 1e-3) * rounded.norm()
+        assert counts[1] == 0
+
     def test_is_cross_entropy_at_gamma_zero() -> None:
         logits, labels = level(2, 41, 7)
         wanted = torch.nn.functional.cross_entropy(
