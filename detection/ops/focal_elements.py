@@ -92,7 +92,7 @@ def values_and_slopes(
     sign = positive.to(logits.dtype).mul_(2).sub_(1)
     weight = torch.where(positive, weights[1], weights[0]).to(logits.dtype)
     value, slope = value_and_slope(logits * sign, _gamma_of(logits, positive, shape, group))
-    value, slope = value * weight, slope * weight.mul_(sign)
+    value, slope = value * weight, slope * (weight * sign)
     if shape.smoothing > 0:
         share = shape.smoothing / 2
         outcome = torch.zeros_like(positive)
