@@ -14,7 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detection.ops.focal_elements import FocalShape, GammaTable, focal_values_and_gradients, values_and_slopes
+from detection.ops.focal_elements import (
+    FocalShape,
+    GammaTable,
+    focal_values_and_gradients,
+    outcome_values_and_gradients,
+)
 from detection.ops.focal_formulas import Formula, Work, by_polynomial, by_softplus, constants, formulas, put_softplus
 
 # Elements of a block. Smaller ones fit a core's own cache, but calling torch for each costs more than that saves.
@@ -296,7 +301,7 @@ def _exact_elements(level: Level, places: Tensor, logits: Tensor, plan: Plan) ->
         rows, columns = place // classes, place % classes
         member = None if level.group is None else level.group[rows]
         positive = (level.labels[rows] == columns)[:, None]
-        value, slope = values_and_slopes(z.float(), positive, plan.shape, member)
+        value, slope = outcome_values_and_gradients(z.float(), positive, plan.shape, member)
         loss, nonfinite = _add_up(value, plan)
         total, bad = total + loss, bad + nonfinite
         if level.out is not None:

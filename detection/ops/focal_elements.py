@@ -77,11 +77,12 @@ def focal_values_and_gradients(
 ) -> tuple[Float[Tensor, "*rows K"], Float[Tensor, "*rows K"]]:
     """The loss of every element and its derivative by the logit, in closed form; both 0 for ignored anchors."""
     positive, ignored = _outcomes(logits, labels)
-    value, slope = values_and_slopes(_at_least_float32(logits).masked_fill(ignored, 0.0), positive, shape, group)
+    exact = _at_least_float32(logits).masked_fill(ignored, 0.0)
+    value, slope = outcome_values_and_gradients(exact, positive, shape, group)
     return value.masked_fill_(ignored, 0.0), slope.masked_fill_(ignored, 0.0)
 
 
-def values_and_slopes(
+def outcome_values_and_gradients(
     logits: Float[Tensor, "*rows K"],
     positive: Bool[Tensor, "*rows K"],
     shape: FocalShape,
@@ -127,9 +128,7 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     -w Q (1 + G P lp / (1 + P)) for gamma = -G < 0.
     """
     p, q = torch.sigmoid(signed), torch.sigmoid(-signed)
-    # log p without log1p, for the reason that `put_softplus` gives.
-    far = torch.minimum(p, q)
-    log_p = torch.add(signed.clamp(max=0), torch.atanh(far / (2 - far)), alpha=-2)
+    log_p = signed.clamp(max=0) + log_of_rest(torch.minimum(p, q))
     p_log_p = p * log_p.clamp(min=-torch.finfo(signed.dtype).max)
     if isinstance(gamma, Tensor):
         inverse = gamma < 0
@@ -140,6 +139,11 @@ def value_and_slope(signed: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tens
     else:
         w, slope = (1 + p).pow(-gamma), -q * (1 - gamma * p_log_p / (1 + p))
     return -log_p * w, w * slope
+
+
+def log_of_rest(q: Tensor) -> Tensor:
+    """log(1 - q) of q in 0..0.5 without log1p, for the reason that `put_softplus` gives: -2 artanh(q / (2 - q))."""
+    return torch.atanh(q / (2 - q)).mul_(-2)
 
 
 def element_gamma(

@@ -287,7 +287,6 @@ def softmax_focal_triton(
         return logits.new_zeros((), dtype=torch.float32), torch.zeros(2, dtype=torch.int64, device=logits.device)
     assert logits.is_contiguous()
     columns = triton.next_power_of_2(classes)
-    weights = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
     options = {
         "C": classes,
         "COLUMNS": columns,
@@ -295,7 +294,7 @@ def softmax_focal_triton(
         "GRADIENT": gradient is not None,
     }
     tensors = (logits, logits if gradient is None else gradient, labels.contiguous(), _one(scale, logits))
-    arguments = (rows, rows.bit_length(), *weights, float(gamma))
+    arguments = (rows, rows.bit_length(), *FocalShape(alpha, gamma).weights, float(gamma))
     return _launch(_softmax_kernel, SOFTMAX_CONFIGS, columns, rows * columns, tensors, arguments, options)
 
 

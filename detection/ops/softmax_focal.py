@@ -10,6 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from detection.ops.focal import FocalSum, Implementation, scale_gradient
+from detection.ops.focal_elements import FocalShape, log_of_rest
 
 _SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? scale, float alpha, float gamma, bool with_gradient)"
@@ -106,7 +107,7 @@ def _on_cpu(
     classes = logits.shape[-1]
     z, y = logits.flatten(0, 1), labels.flatten()
     out = None if gradient is None else gradient.flatten(0, 1)
-    weights = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
+    weights = FocalShape(alpha, gamma).weights
     direct = out if out is not None and out.dtype == torch.float32 else None
     step = max(1, (_SCRATCH_BLOCK if direct is None else _BLOCK) // max(classes, 1))
     total, bad = 0.0, 0
@@ -136,9 +137,8 @@ def _closed_form(z: Tensor, p: Tensor, own: Tensor, weight: Tensor, gamma: float
     own_p = p.gather(1, own)[:, 0]
     others = p.scatter_(1, own, 0.0).sum(-1)
     p.scatter_(1, own, -others[:, None])
-    # log p = log(1 - q) keeps its digits where q is small; log1p is not used for the reason that `put_softplus` gives.
-    near = torch.atanh(others / (2 - others)).mul_(-2)
-    log_p = torch.where(others < 0.5, near, own_p.log())
+    # log p = log(1 - q) keeps its digits where q is small.
+    log_p = torch.where(others < 0.5, log_of_rest(others), own_p.log())
     vanished = (own_p < 1e-30).nonzero()[:, 0]
     if len(vanished):
         far = z[vanished].float()

@@ -18,14 +18,15 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 import torch
-from tools.bench.focal import SHAPE, both, candidates, exact, make_scene, peak_memory
+from tools.bench.focal import SHAPE, candidates, exact, make_scene, peak_memory
+from tools.bench.harness import forward_and_backward
 
 scene = make_scene(20, 5_000, "float32", -4.6, 0.1, torch.device("cpu"))
 losses = candidates(scene)
 for name in ("ours", "definition", "torchvision"):
-    loss = both(scene, losses[name])
+    loss = forward_and_backward(scene.logits, losses[name])
     torch.testing.assert_close(loss.double(), exact(scene)[0], rtol=1e-5, atol=0.0)
-    print(f"{name} {peak_memory(lambda: both(scene, losses[name]), scene):.2f}")
+    print(f"{name} {peak_memory(lambda: forward_and_backward(scene.logits, losses[name]), scene):.2f}")
 """
 
 

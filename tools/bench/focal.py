@@ -30,7 +30,7 @@ from torchvision.ops import sigmoid_focal_loss
 from detection.ops.focal import choose, focal_sum
 from detection.ops.focal_compiled import has_compiler
 from detection.ops.focal_elements import FocalShape, focal_elements
-from tools.bench.harness import arguments, compare, report
+from tools.bench.harness import DTYPES, arguments, compare, forward_and_backward, report
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = FocalShape(0.25, 2.0)
@@ -83,9 +83,8 @@ def make_scene(k: int, anchors: int, dtype: str, mean: float, spread: float, dev
         matched[n, ignored], labels[n, ignored] = -2, -1
     scale = torch.tensor(1 / (IMAGES * POSITIVES), device=device)
     targets = [{"labels": classes.to(device)} for _ in range(IMAGES)]
-    numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return Scene(
-        logits.to(device, numbers[dtype]).requires_grad_(),
+        logits.to(device, DTYPES[dtype]).requires_grad_(),
         labels.to(device),
         list(matched.to(device)),
         targets,
@@ -121,13 +120,6 @@ def candidates(scene: Scene) -> dict[str, Callable[[], Tensor]]:
         "torchvision": lambda: head.compute_loss(scene.targets, {"cls_logits": scene.logits}, scene.matched),
         "torch.compile": lambda: compiled(scene.logits, scene.labels, scene.scale),
     }
-
-
-def both(scene: Scene, loss_of: Callable[[], Tensor]) -> Tensor:
-    scene.logits.grad = None
-    loss = loss_of()
-    torch.autograd.backward(loss)
-    return loss.detach()
 
 
 def exact(scene: Scene) -> tuple[Tensor, Tensor]:
@@ -175,7 +167,7 @@ def _phase(phase: str, scene: Scene, loss_of: Callable[[], Tensor]) -> Callable[
     if phase == "forward":
         return loss_of
     if phase == "both":
-        return lambda: both(scene, loss_of)
+        return lambda: forward_and_backward(scene.logits, loss_of)
     loss = loss_of()
     return lambda: torch.autograd.grad(loss, scene.logits, retain_graph=True)
 

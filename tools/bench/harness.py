@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = ("torch", "torchvision", "triton", "timm", "albumentations", "pycocotools", "numpy")
 
 
@@ -56,6 +58,14 @@ def compare(
         }
         for name, times in seconds.items()
     ]
+
+
+def forward_and_backward(logits: Tensor, loss_of: Callable[[], Tensor]) -> Tensor:
+    """The loss; its gradient is in `logits.grad`, where there was none before."""
+    logits.grad = None
+    loss = loss_of()
+    torch.autograd.backward(loss)
+    return loss.detach()
 
 
 def timed(run: Callable[[], object]) -> float:

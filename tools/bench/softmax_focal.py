@@ -15,14 +15,10 @@ from torch import Tensor
 
 from detection.ops.focal import choose
 from detection.ops.softmax_focal import softmax_focal_rows, softmax_focal_sum
-from tools.bench.harness import arguments, compare, report
+from tools.bench.focal import IMAGES, POSITIVES
+from tools.bench.harness import DTYPES, arguments, compare, forward_and_backward, report
 
-IMAGES = 4
-POSITIVES = 40  # an image
 CASES = ((80, 20_000, "float32"), (80, 20_000, "bfloat16"), (20, 50_000, "float32"), (20, 2_000, "float32"))
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_level(classes: int, anchors: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,13 +51,6 @@ def candidates(logits: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]
     }
 
 
-def both(logits: Tensor, loss_of: Callable[[], Tensor]) -> Tensor:
-    logits.grad = None
-    loss = loss_of()
-    torch.autograd.backward(loss)
-    return loss.detach()
-
-
 def time_case(case: tuple[int, int, str], device: torch.device, repeats: int) -> list[dict[str, Any]]:
     classes, anchors, name = case
     logits, labels = make_level(classes, anchors, DTYPES[name], device)
@@ -79,7 +68,7 @@ def time_case(case: tuple[int, int, str], device: torch.device, repeats: int) ->
         assert (logits.grad.double() - slope).norm() < tolerance * slope.norm(), candidate
 
     def run(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: both(logits, loss)
+        return lambda: forward_and_backward(logits, loss)
 
     runs = {key: run(loss) for key, loss in candidates(logits, labels).items()}
     rows = compare(runs, "torch", repeats=repeats, check=check)
